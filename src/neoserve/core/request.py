@@ -60,7 +60,7 @@ class SamplingParams:
             value = getattr(self, name)
             _check(isinstance(value, int | float) and math.isfinite(value), name, value, "a finite number")
         _check(1 <= self.n <= MAX_N, "n", self.n, f"1 to {MAX_N}")
-        _check(0 <= self.temperature, "temperature", self.temperature, "0 or more")
+        _check(self.temperature >= 0, "temperature", self.temperature, "0 or more")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0, at most 1")
         _check(self.top_k >= -1, "top_k", self.top_k, "-1 or 0 (all tokens) or at least 1")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1")
