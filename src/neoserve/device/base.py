@@ -79,6 +79,21 @@ class Ops(ABC):
     def plan_attention(self, batch: PagedBatch, *, decode: bool) -> PagedAttention:
         """Plan attention for a lap. `decode` promises one row a sequence."""
 
+    @abstractmethod
+    def blocks_to_host(
+        self, kv_N2KPD: torch.Tensor, block_ids: torch.Tensor, host_NX: torch.Tensor, host_block_ids: torch.Tensor
+    ) -> None:
+        """Copy blocks of one layer into the host pool, in the host layout (csrc/attention/attention.h).
+
+        block_ids, host_block_ids: int64 [n] on the device. host_NX: one layer of the host pool, X values a block.
+        """
+
+    @abstractmethod
+    def blocks_from_host(
+        self, host_NX: torch.Tensor, host_block_ids: torch.Tensor, kv_N2KPD: torch.Tensor, block_ids: torch.Tensor
+    ) -> None:
+        """The way back of `blocks_to_host`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Flag:
@@ -96,11 +111,15 @@ class Completion(Protocol):
     def done(self) -> bool:
         """Whether the work is done, without blocking."""
 
+    def elapsed_us(self) -> float:
+        """How long the work took on the device, once it is done."""
+
 
 class Device(ABC):
     """Where the model runs. Work is submitted in order to one compute stream and never waits on the caller."""
 
     torch_device: torch.device
+    name: str
     ops: Ops
 
     @abstractmethod
