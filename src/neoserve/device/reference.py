@@ -1,0 +1,95 @@
+"""The reference device: CPU tensors, and a thread as its compute stream.
+
+`submit` returns at once and the thread runs the work in order, so launching ahead, flags and the worker pool behave
+as they do on a GPU: `wait_flag` blocks the stream, never the caller.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+
+from neoserve import _native
+from neoserve.core.errors import HostAttentionError
+from neoserve.device.base import Completion, Device, Flag
+from neoserve.kernels.reference import ReferenceOps
+
+
+class _Work:
+    """A closure on its way through the stream thread; its own `Completion`."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.run = run
+        self.finished = threading.Event()
+        self.error: BaseException | None = None
+        self.duration_us = 0.0
+
+    def wait(self) -> None:
+        self.finished.wait()
+        if self.error is not None:
+            raise self.error
+
+    def done(self) -> bool:
+        return self.finished.is_set()
+
+    def elapsed_us(self) -> float:
+        return self.duration_us
+
+
+class ReferenceDevice(Device):
+    """CPU tensors behind the interface of a GPU.
+
+    num_threads: torch's threads for the stream, so that they and the worker pool together do not exceed the cores.
+    flag_timeout_s: a backstop for `wait_flag`; the worker pool raises every armed flag long before.
+    """
+
+    def __init__(self, num_threads: int, flag_timeout_s: float = 120.0) -> None:
+        self.torch_device = torch.device("cpu")
+        self.ops = ReferenceOps()
+        self.name = "reference (CPU)"
+        self._flag_timeout_s = flag_timeout_s
+        self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, args=(num_threads,), name="neo-stream", daemon=True)
+        self._thread.start()
+
+    def _run(self, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        with torch.inference_mode():
+            while (work := self._queue.get()) is not None:
+                start_s = time.perf_counter()
+                try:
+                    work.run()
+                except BaseException as error:  # handed to whoever waits for the work
+                    work.error = error
+                work.duration_us = (time.perf_counter() - start_s) * 1e6
+                work.finished.set()
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    def submit(self, work: Callable[[], None]) -> Completion:
+        item = _Work(work)
+        self._queue.put(item)
+        return item
+
+    def raise_flag(self, flag: Flag, value: int) -> None:
+        _native.flag_raise(flag.address, value)
+
+    def wait_flag(self, flag: Flag, value: int) -> None:
+        if not _native.flag_wait(flag.address, value, self._flag_timeout_s):
+            raise HostAttentionError(f"no worker raised the done flag to {value} within {self._flag_timeout_s} s")
+
+    def free_bytes(self) -> int:
+        return int(psutil.virtual_memory().available)
+
+    def total_bytes(self) -> int:
+        return int(psutil.virtual_memory().total)
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
