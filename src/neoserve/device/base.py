@@ -81,16 +81,17 @@ class Ops(ABC):
 
     @abstractmethod
     def blocks_to_host(
-        self, kv_N2KPD: torch.Tensor, block_ids: torch.Tensor, host_NX: torch.Tensor, host_block_ids: torch.Tensor
+        self, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor
     ) -> None:
-        """Copy blocks of one layer into the host pool, in the host layout (csrc/attention/attention.h).
+        """Copy blocks of some layers into the host pool, changing to its layout (csrc/attention/attention.h).
 
-        block_ids, host_block_ids: int64 [n] on the device. host_NX: one layer of the host pool, X values a block.
+        block_ids_N, host_block_ids_N: int64, on the device, of one length; they index dimension 1 of the two pools.
+        host_LNX: the same layers of the host pool, X = 2KPD values a block.
         """
 
     @abstractmethod
     def blocks_from_host(
-        self, host_NX: torch.Tensor, host_block_ids: torch.Tensor, kv_N2KPD: torch.Tensor, block_ids: torch.Tensor
+        self, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor
     ) -> None:
         """The way back of `blocks_to_host`."""
 
@@ -125,6 +126,18 @@ class Device(ABC):
     @abstractmethod
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A host tensor that the device can copy to and from without blocking, zeroed."""
+
+    @abstractmethod
+    def register(self, address: int, num_bytes: int) -> None:
+        """Let the device reach memory that the host allocated, until `close`. Raises `ConfigError` if it cannot."""
+
+    @abstractmethod
+    def upload(self, array: np.ndarray) -> torch.Tensor:
+        """Inside `submit`: a device tensor with the array's values, without waiting for the copy."""
+
+    @abstractmethod
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Inside `submit`: a host tensor that holds the values once the submitted work is done."""
 
     @abstractmethod
     def submit(self, work: Callable[[], None]) -> Completion:

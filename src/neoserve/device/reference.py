@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
+import numpy as np
 import psutil
 import torch
 
@@ -71,6 +72,15 @@ class ReferenceDevice(Device):
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
+
+    def register(self, address: int, num_bytes: int) -> None:
+        """Host memory is this device's memory: nothing to do."""
+
+    def upload(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array)
+
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
 
     def submit(self, work: Callable[[], None]) -> Completion:
         item = _Work(work)
