@@ -13,27 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from neoserve.kernels.base import Ops, PagedAttention, PagedBatch
 
 __all__ = ["Completion", "Device", "Flag", "Ops", "PagedAttention", "PagedBatch"]
-
-    @abstractmethod
-    def blocks_to_host(
-        self, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor
-    ) -> None:
-        """Copy blocks of some layers into the host pool, changing to its layout (csrc/attention/attention.h).
-
-        block_ids_N, host_block_ids_N: int64, on the device, of one length; they index dimension 1 of the two pools.
-        host_LNX: the same layers of the host pool, X = 2KPD values a block.
-        """
-
-    @abstractmethod
-    def blocks_from_host(
-        self, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor
-    ) -> None:
-        """The way back of `blocks_to_host`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,4 +135,3 @@ def _device_blocks(config: EngineConfig, block_bytes: int, free_bytes: int, most
             "lower --max-model-len, raise --gpu-memory-utilization or use --offload all"
         )
     return blocks
-
