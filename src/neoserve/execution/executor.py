@@ -45,7 +45,7 @@ class Executor:
         if config.host_blocks:
             self.pool = _native.WorkerPool(config.worker_cpus, deadline_s=config.host_deadline_s)
             attention = self.host_attention(self.pool)
-            handoffs = tuple(HandOff(device, attention, config) for _ in range(NUM_SUB_BATCHES))
+            handoffs = tuple(HandOff(device, attention, config, channel) for channel in range(NUM_SUB_BATCHES))
         self._shop = Workshop(
             device=device,
             model=model,

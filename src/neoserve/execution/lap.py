@@ -14,12 +14,12 @@ import torch
 from neoserve import _native
 from neoserve.core.plan import Rows, SampledToken, SubBatch, TokenLogprobs
 from neoserve.core.request import Request
-from neoserve.device.base import Device, PagedAttention
+from neoserve.device.base import Device, Exchange, PagedAttention
 from neoserve.execution.handoff import HandOff
 from neoserve.execution.inputs import LapInputs, lap_inputs
 from neoserve.execution.kv_store import KVStore
 from neoserve.execution.sampling import Logprobs, SamplingState
-from neoserve.models.decoder import Decoder
+from neoserve.models.decoder import Decoder, split_qkv
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,7 @@ class Lap:
         self._staging_ids: tuple[torch.Tensor, ...] = ()
         self._device_groups: list[tuple[slice, PagedAttention]] = []
         self._host_prefill: tuple[slice, PagedAttention] | None = None
+        self._exchange: Exchange | None = None
         self._sampled_ids_B = empty
         self._logprobs: Logprobs | None = None
         self._prompt_logprobs: list[PromptLogprobs] = []
@@ -121,8 +122,10 @@ class Lap:
         self._qkv_TCD, self._residual_TE = decoder_layer.before_attention(self._x_TE, residual, self._positions_T)
 
     def send(self) -> None:
-        """SEND: q, k, v of the host rows to the workers."""
-        self._shop.handoffs[self.sub_batch.index].send(self._qkv_TCD[self._inputs.host_decode])
+        """SEND: q, k, v of the host rows to the workers, their attention output on its way back."""
+        rows = self._inputs.host_decode
+        handoff = self._shop.handoffs[self.sub_batch.index]
+        self._exchange = handoff.send(self._qkv_TCD[rows], self._attn_THD[rows])
 
     def attend(self, layer: int) -> None:
         """ATTEND: append k, v of the prefill and device-decode rows, and attend for them."""
@@ -138,15 +141,14 @@ class Lap:
         store.store_staging(layer, store_staging, store_host)
 
     def _attend(self, rows: slice, attention: PagedAttention, kv_N2KPD: torch.Tensor) -> None:
-        shape = self._shop.model.shape
-        first_k, first_v = shape.num_query_heads, shape.num_query_heads + shape.num_kv_heads
-        qkv_TCD = self._qkv_TCD[rows]
-        attention.append(qkv_TCD[:, first_k:first_v], qkv_TCD[:, first_v:], kv_N2KPD)
-        attention.run(qkv_TCD[:, :first_k], kv_N2KPD, self._attn_THD[rows])
+        q_THD, k_TKD, v_TKD = split_qkv(self._qkv_TCD[rows], self._shop.model.shape)
+        attention.append(k_TKD, v_TKD, kv_N2KPD)
+        attention.run(q_THD, kv_N2KPD, self._attn_THD[rows])
 
     def recv(self) -> None:
-        """RECV: attention output of the host rows back."""
-        self._shop.handoffs[self.sub_batch.index].recv(self._attn_THD[self._inputs.host_decode])
+        """RECV: attention output of the host rows is there."""
+        assert self._exchange is not None
+        self._exchange.finish()
 
     def post(self, layer: int) -> None:
         """POST: output projection and MLP."""
