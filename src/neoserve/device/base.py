@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from neoserve.kernels.base import Ops, PagedAttention, PagedBatch
 
-__all__ = ["Completion", "Device", "Flag", "Ops", "PagedAttention", "PagedBatch"]
+__all__ = ["Completion", "Device", "Exchange", "Flag", "Ops", "PagedAttention", "PagedBatch", "Transfer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +37,30 @@ class Completion(Protocol):
     def done(self) -> bool:
         """Whether the work is done, without blocking."""
 
+    def elapsed_us(self) -> float:
+        """How long the work took on the device, once it is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A copy between device memory and memory that host and device share; one shape and dtype, both contiguous."""
+
+    source: torch.Tensor
+    target: torch.Tensor
+
+
+class Exchange(Protocol):
+    """A hand-off on its way."""
+
+    def finish(self) -> None:
+        """Inside `submit`: later work of the compute stream waits until the copy back is done."""
+
 
 class Device(ABC):
     """Where the model runs. Work is submitted in order to one compute stream and never waits on the caller."""
 
     torch_device: torch.device
+    name: str
     ops: Ops
 
     @abstractmethod
@@ -48,16 +68,30 @@ class Device(ABC):
         """A host tensor that the device can copy to and from without blocking, zeroed."""
 
     @abstractmethod
+    def register(self, address: int, num_bytes: int) -> None:
+        """Let the device reach memory that the host allocated, until `close`. Raises `ConfigError` if it cannot."""
+
+    @abstractmethod
+    def upload(self, array: np.ndarray) -> torch.Tensor:
+        """Inside `submit`: a device tensor with the array's values, without waiting for the copy."""
+
+    @abstractmethod
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Inside `submit`: a host tensor that holds the values once the submitted work is done."""
+
+    @abstractmethod
     def submit(self, work: Callable[[], None]) -> Completion:
         """Run `work`, whose torch calls land on the compute stream, after all that was submitted before."""
 
     @abstractmethod
-    def raise_flag(self, flag: Flag, value: int) -> None:
-        """Stream operation, inside `submit`: write `value` once all earlier work of the stream is visible."""
+    def exchange(
+        self, channel: int, outward: Transfer, ready: Flag, done: Flag, value: int, back: Transfer
+    ) -> Exchange:
+        """Inside `submit`, enqueue beside the compute stream: once the work so far is done, carry out `outward` and
+        raise `ready` to `value`; once `done` is >= value, carry out `back`.
 
-    @abstractmethod
-    def wait_flag(self, flag: Flag, value: int) -> None:
-        """Stream operation, inside `submit`: later work of the stream waits until the flag is >= value."""
+        channel: 0 or 1; the exchanges of one channel happen in order, those of two channels independently.
+        """
 
     @abstractmethod
     def free_bytes(self) -> int:

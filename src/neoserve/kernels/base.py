@@ -76,3 +76,19 @@ class Ops(ABC):
     @abstractmethod
     def plan_attention(self, batch: PagedBatch, *, decode: bool) -> PagedAttention:
         """Plan attention for a lap. `decode` promises one row a sequence."""
+
+    @abstractmethod
+    def blocks_to_host(
+        self, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor
+    ) -> None:
+        """Copy blocks of some layers into the host pool, changing to its layout (csrc/attention/attention.h).
+
+        block_ids_N, host_block_ids_N: int64, on the device, of one length; they index dimension 1 of the two pools.
+        host_LNX: the same layers of the host pool, X = 2KPD values a block.
+        """
+
+    @abstractmethod
+    def blocks_from_host(
+        self, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor
+    ) -> None:
+        """The way back of `blocks_to_host`."""
