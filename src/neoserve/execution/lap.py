@@ -18,7 +18,8 @@ from neoserve.device.base import Device, Exchange, PagedAttention
 from neoserve.execution.handoff import HandOff
 from neoserve.execution.inputs import LapInputs, lap_inputs
 from neoserve.execution.kv_store import KVStore
-from neoserve.execution.sampling import Logprobs, SamplingState
+from neoserve.execution.logprobs import Logprobs, token_logprobs
+from neoserve.execution.sampling import SamplingState
 from neoserve.models.decoder import Decoder, split_qkv
 
 
@@ -40,6 +41,14 @@ class Workshop:
 
 
 @dataclass(frozen=True, slots=True)
+class Sequence:
+    """A request, and the tokens that it has so far; the executor appends to them."""
+
+    request: Request
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class PromptLogprobs:
     """Log-probabilities of a prompt chunk's rows, on their way to the host."""
 
@@ -54,10 +63,16 @@ class Lap:
     caller once the work that ended the lap is done.
     """
 
-    def __init__(self, shop: Workshop, sub_batch: SubBatch, requests: Mapping[str, Request]) -> None:
+    def __init__(self, shop: Workshop, sub_batch: SubBatch, sequences: Mapping[str, Sequence]) -> None:
         self.sub_batch = sub_batch
         self._shop = shop
-        self._requests = {rows.request_id: requests[rows.request_id] for rows in sub_batch.rows}
+        self._requests = {rows.request_id: sequences[rows.request_id].request for rows in sub_batch.rows}
+        # A sequence begins with its first chunk, and again with the chunk after a lap that was lost.
+        self._beginning = [
+            (rows.slot, sequences[rows.request_id].request, tuple(sequences[rows.request_id].token_ids))
+            for rows in sub_batch.prefill
+            if rows.start == 0 or rows.num_generated
+        ]
         self._inputs: LapInputs = lap_inputs(sub_batch, shop.block_size)
         self.native: _native.Lap | None = None
         if sub_batch.host_decode:
@@ -88,9 +103,8 @@ class Lap:
         )
         self._token_ids_T = torch.cat([prompt_ids, shop.last_ids_S[self._decode_slots]])
         self._plan_attention()
-        for rows in self.sub_batch.prefill:
-            if rows.start == 0:
-                shop.sampling.add(rows.slot, self._requests[rows.request_id])
+        for slot, request, token_ids in self._beginning:
+            shop.sampling.add(slot, request, token_ids)
         shape = shop.model.shape
         self._x_TE = shop.model.embed(self._token_ids_T)
         self._attn_THD = self._x_TE.new_empty((inputs.num_rows, shape.num_query_heads, shape.head_dim))
@@ -162,14 +176,14 @@ class Lap:
         if not inputs.sampling:
             return
         logits_BV = shop.model.head(self._x_TE, self._residual_TE, self._sampling_rows_B)
-        batch = shop.sampling.batch(inputs.sampling, [self._requests[r.request_id] for r in inputs.sampling])
+        batch = shop.sampling.batch(inputs.sampling)
         ids_B = shop.sampling.sample(logits_BV, batch)
         shop.last_ids_S[batch.slots_B] = ids_B
         self._sampled_ids_B = shop.device.download(ids_B)
         counts = [self._requests[r.request_id].params.logprobs for r in inputs.sampling]
         if any(count is not None for count in counts):
-            self._logprobs = shop.sampling.logprobs(logits_BV, ids_B, max(count or 0 for count in counts))
-            self._logprobs = self._logprobs.to_host(shop.device.download)
+            found = token_logprobs(logits_BV, ids_B, max(count or 0 for count in counts))
+            self._logprobs = found.to_host(shop.device.download)
 
     def _prompt_rows_logprobs(self) -> None:
         """Log-probabilities of the prompts' own tokens, a prompt at a time: row i says what follows token i."""
@@ -182,7 +196,7 @@ class Lap:
                 row_ids = torch.arange(first_row, first_row + len(targets), device=device)
                 logits_TV = self._shop.model.head(self._x_TE, self._residual_TE, row_ids)
                 ids_T = torch.tensor(targets, device=device)
-                found = self._shop.sampling.logprobs(logits_TV, ids_T, request.params.prompt_logprobs)
+                found = token_logprobs(logits_TV, ids_T, request.params.prompt_logprobs)
                 found = found.to_host(self._shop.device.download)
                 self._prompt_logprobs.append(PromptLogprobs(rows.request_id, found))
             first_row += rows.count
