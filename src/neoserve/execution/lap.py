@@ -18,7 +18,8 @@ from neoserve.device.base import Device, Exchange, PagedAttention
 from neoserve.execution.handoff import HandOff
 from neoserve.execution.inputs import LapInputs, lap_inputs
 from neoserve.execution.kv_store import KVStore
-from neoserve.execution.sampling import Logprobs, SamplingState
+from neoserve.execution.logprobs import Logprobs, token_logprobs
+from neoserve.execution.sampling import SamplingState
 from neoserve.models.decoder import Decoder, split_qkv
 
 
@@ -83,8 +84,8 @@ class Lap:
         shop, inputs = self._shop, self._inputs
         indices = shop.device.upload(inputs.indices)
         num_decodes = inputs.num_rows - inputs.num_prefill_rows
-        prompt_ids, self._positions_T, self._decode_slots, self._sampling_rows_B = indices.split(
-            [inputs.num_prefill_rows, inputs.num_rows, num_decodes, len(inputs.sampling)]
+        prompt_ids, self._positions_T, self._decode_slots, self._sampling_rows_B = torch.split(
+            indices, [inputs.num_prefill_rows, inputs.num_rows, num_decodes, len(inputs.sampling)]
         )
         self._token_ids_T = torch.cat([prompt_ids, shop.last_ids_S[self._decode_slots]])
         self._plan_attention()
@@ -162,13 +163,13 @@ class Lap:
         if not inputs.sampling:
             return
         logits_BV = shop.model.head(self._x_TE, self._residual_TE, self._sampling_rows_B)
-        batch = shop.sampling.batch(inputs.sampling, [self._requests[r.request_id] for r in inputs.sampling])
+        batch = shop.sampling.batch(inputs.sampling)
         ids_B = shop.sampling.sample(logits_BV, batch)
         shop.last_ids_S[batch.slots_B] = ids_B
         self._sampled_ids_B = shop.device.download(ids_B)
         counts = [self._requests[r.request_id].params.logprobs for r in inputs.sampling]
         if any(count is not None for count in counts):
-            self._logprobs = shop.sampling.logprobs(logits_BV, ids_B, max(count or 0 for count in counts))
+            self._logprobs = token_logprobs(logits_BV, ids_B, max(count or 0 for count in counts))
             self._logprobs = self._logprobs.to_host(shop.device.download)
 
     def _prompt_rows_logprobs(self) -> None:
@@ -182,7 +183,7 @@ class Lap:
                 row_ids = torch.arange(first_row, first_row + len(targets), device=device)
                 logits_TV = self._shop.model.head(self._x_TE, self._residual_TE, row_ids)
                 ids_T = torch.tensor(targets, device=device)
-                found = self._shop.sampling.logprobs(logits_TV, ids_T, request.params.prompt_logprobs)
+                found = token_logprobs(logits_TV, ids_T, request.params.prompt_logprobs)
                 found = found.to_host(self._shop.device.download)
                 self._prompt_logprobs.append(PromptLogprobs(rows.request_id, found))
             first_row += rows.count
