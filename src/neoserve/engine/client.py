@@ -8,6 +8,7 @@ EngineClient              what a front end knows of an engine: facts, tokenizer,
 from __future__ import annotations
 
 from neoserve.core.config import EngineConfig
+from neoserve.core.errors import InvalidRequestError
 from neoserve.core.stats import EngineInfo
 from neoserve.engine.intake import Intake
 from neoserve.engine.routing import Router
@@ -25,6 +26,12 @@ class EngineClient:
         self.codec = codec
         self.intake = Intake(info, codec)
         self._router = Router(codec)
+
+    def required_codec(self, param: str) -> TextCodec:
+        """The tokenizer; raises `InvalidRequestError` for field `param` when the model has none."""
+        if self.codec is None:
+            raise InvalidRequestError(f"this model has no tokenizer, so {param} cannot be text", param)
+        return self.codec
 
 
 def load_codec(config: EngineConfig, info: EngineInfo) -> TextCodec | None:
