@@ -47,7 +47,8 @@ class AsyncLLM:
         or `HostAttentionError`.
         """
         params = sampling_params or self._engine.intake.default_params()
-        with await self._engine.submit([prompt], params, request_id=request_id) as stream:
+        submissions = await self._engine.prepare([prompt], params, request_id=request_id)
+        with await self._engine.submit(submissions) as stream:
             output = stream.submissions[0].empty_output()
             async for _, delta in stream:
                 output.add(delta)

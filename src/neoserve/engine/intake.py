@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from neoserve.core.errors import InvalidRequestError, RequestTooLongError
 from neoserve.core.request import Request, SamplingParams
 from neoserve.core.stats import EngineInfo
 from neoserve.engine.outputs import CompletionOutput, RequestOutput
-from neoserve.engine.text import TextCodec
+from neoserve.engine.text import ChatMessage, TextCodec
 
 Prompt = str | Sequence[int]
 
@@ -68,6 +69,10 @@ class Intake:
         `RequestTooLongError` when prompt and `max_tokens` do not fit in the context.
         """
         token_ids = self._token_ids(prompt, add_special_tokens)
+        self.check_token_ids(params.logit_bias, "logit_bias")
+        self.check_token_ids(params.stop_token_ids, "stop_token_ids")
+        if params.stop and self._codec is None:
+            raise InvalidRequestError("this model has no tokenizer, so it cannot look for stop strings", "stop")
         params = self._fit(len(token_ids), params)
         request_id = request_id or uuid.uuid4().hex
         stop_ids = (
@@ -85,17 +90,29 @@ class Intake:
             ),
         )
 
+    def prepare_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        add_special_tokens: bool = False,
+        **template_options: Any,
+    ) -> Submission:
+        """Like `prepare`, for the prompt that the chat template makes; template_options: of `TextCodec.render_chat`."""
+        if self._codec is None:
+            raise InvalidRequestError("this model has no tokenizer and so no chat template", "messages")
+        text = self._codec.render_chat(messages, **template_options)
+        return self.prepare(text, params, request_id=request_id, add_special_tokens=add_special_tokens)
+
     def _token_ids(self, prompt: Prompt, add_special_tokens: bool) -> tuple[int, ...]:
-        vocab_size = self._info.config.shape.vocab_size
         if isinstance(prompt, str):
             if self._codec is None:
                 raise InvalidRequestError("this model has no tokenizer; send the prompt as token ids", "prompt")
             token_ids = self._codec.encode(prompt, add_special_tokens=add_special_tokens)
         else:
             token_ids = tuple(prompt)
-            wrong = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
-            if wrong is not None:
-                raise InvalidRequestError(f"prompt has token id {wrong}; expected 0 to {vocab_size - 1}", "prompt")
+            self.check_token_ids(token_ids, "prompt")
         if not token_ids:
             raise InvalidRequestError("prompt is empty; expected at least one token", "prompt")
         return token_ids
@@ -117,14 +134,11 @@ class Intake:
                 f"of this model's context of {limit} are left; shorten the prompt or ask for less",
                 "max_tokens",
             )
-        self._check_vocabulary(params)
         return params
 
-    def _check_vocabulary(self, params: SamplingParams) -> None:
+    def check_token_ids(self, token_ids: Iterable[int], param: str) -> None:
+        """Raise `InvalidRequestError` for field `param` when an id is not in the vocabulary."""
         vocab_size = self._info.config.shape.vocab_size
-        for name, token_ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            for token_id in token_ids:
-                if not 0 <= token_id < vocab_size:
-                    raise InvalidRequestError(f"{name} has token id {token_id}; expected 0 to {vocab_size - 1}", name)
-        if params.stop and self._codec is None:
-            raise InvalidRequestError("this model has no tokenizer, so it cannot look for stop strings", "stop")
+        wrong = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
+        if wrong is not None:
+            raise InvalidRequestError(f"{param} has token id {wrong}; expected 0 to {vocab_size - 1}", param)

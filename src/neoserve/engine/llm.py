@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -69,10 +70,12 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation or many, each a list of {"role": ..., "content": ...}."""
         many: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        submissions = [
-            self._prepare_chat(conversation, params, add_generation_prompt, chat_template_kwargs)
-            for conversation, params in zip(many, self._params_for(len(many), sampling_params), strict=True)
-        ]
+        prepare = partial(
+            self._engine.intake.prepare_chat,
+            add_generation_prompt=add_generation_prompt,
+            template_kwargs=chat_template_kwargs,
+        )
+        submissions = list(map(prepare, many, self._params_for(len(many), sampling_params)))
         return self._collect(submissions)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
@@ -84,16 +87,8 @@ class LLM:
         self, messages: Sequence[ChatMessage], sampling_params: SamplingParams | None = None
     ) -> Iterator[Delta]:
         """The answer to one conversation in pieces."""
-        submission = self._prepare_chat(messages, sampling_params or self.default_params(), True, None)
+        submission = self._engine.intake.prepare_chat(messages, sampling_params or self.default_params())
         return (delta for _, delta in self._engine.run([submission]))
-
-    def complete_as_ready(self, submissions: Iterable[tuple[Prompt, SamplingParams]]) -> Iterator[RequestOutput]:
-        """Complete many prompts, yielding each output when it is finished; `request_id` is the prompt's index."""
-        prepare = self._engine.intake.prepare
-        prepared = [
-            prepare(prompt, params, request_id=str(index)) for index, (prompt, params) in enumerate(submissions)
-        ]
-        return self._run(prepared)
 
     def stats(self) -> EngineStats:
         """Counters and gauges of the engine."""
@@ -122,31 +117,9 @@ class LLM:
             raise ValueError(f"{len(given)} sampling_params came for {num_prompts} prompts; expected one for each")
         return given
 
-    def _prepare_chat(
-        self,
-        messages: Sequence[ChatMessage],
-        params: SamplingParams,
-        add_generation_prompt: bool,
-        template_kwargs: Mapping[str, Any] | None,
-    ) -> Submission:
-        text = self._engine.required_codec("messages").render_chat(
-            messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
-        )
-        return self._engine.intake.prepare(text, params, add_special_tokens=False)
-
     def _collect(self, submissions: Sequence[Submission]) -> list[RequestOutput]:
-        outputs = {output.request_id: output for output in self._run(submissions)}
+        outputs = {output.request_id: output for output in self._engine.outputs(submissions)}
         return [outputs[submission.request_id] for submission in submissions]
-
-    def _run(self, submissions: Sequence[Submission]) -> Iterator[RequestOutput]:
-        outputs: dict[str, RequestOutput] = {}
-        for submission, delta in self._engine.run(submissions):
-            output = outputs.get(submission.request_id)
-            if output is None:
-                output = outputs[submission.request_id] = submission.empty_output()
-            output.add(delta)
-            if output.finished:
-                yield outputs.pop(submission.request_id)
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

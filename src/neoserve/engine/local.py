@@ -13,7 +13,7 @@ from neoserve.core.stats import EngineStats
 from neoserve.engine.client import EngineClient, load_codec
 from neoserve.engine.core import EngineCore
 from neoserve.engine.intake import Submission
-from neoserve.engine.outputs import Delta
+from neoserve.engine.outputs import Delta, RequestOutput
 
 
 def _quiet(_: str) -> None:
@@ -51,6 +51,17 @@ class LocalEngine(EngineClient):
                 self._abort(self._router.close(submission))
             while self._core.has_work:
                 self._core.step()
+
+    def outputs(self, submissions: Iterable[Submission]) -> Iterator[RequestOutput]:
+        """Generate for all of `submissions`, yielding each one's output when it is finished."""
+        unfinished: dict[str, RequestOutput] = {}
+        for submission, delta in self.run(submissions):
+            output = unfinished.get(submission.request_id)
+            if output is None:
+                output = unfinished[submission.request_id] = submission.empty_output()
+            output.add(delta)
+            if output.finished:
+                yield unfinished.pop(submission.request_id)
 
     def stats(self) -> EngineStats:
         """Counters and gauges of the engine."""

@@ -139,24 +139,27 @@ class RemoteEngine(EngineClient):
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._text_thread, partial(function, *args, **kwargs))
 
-    async def submit(
+    async def prepare(
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams,
         *,
         request_id: str | None = None,
         add_special_tokens: bool = True,
-    ) -> Stream:
-        """Send `prompts`, all or none of them, to the engine.
-
-        Raises `InvalidRequestError`, `RequestTooLongError`, `QueueFullError` or `EngineDeadError`.
-        """
+    ) -> list[Submission]:
+        """`Intake.prepare` for each of `prompts`."""
         base_id = request_id or uuid.uuid4().hex
         prepare = partial(self.intake.prepare, params=params, add_special_tokens=add_special_tokens)
-        submissions = [
+        return [
             await self.in_text_thread(prepare, prompt, request_id=f"{base_id}-{position}")
             for position, prompt in enumerate(prompts)
         ]
+
+    async def submit(self, submissions: Sequence[Submission]) -> Stream:
+        """Send `submissions`, all or none of them, to the engine.
+
+        Raises `RequestTooLongError`, `QueueFullError` or `EngineDeadError`.
+        """
         stream = Stream(self, tuple(submissions))
         self._raise_if_dead()
         self._streams.add(stream)
