@@ -164,7 +164,10 @@ class Machine:
             assert r.slot < self.settings.max_num_seqs
 
     def slot(self, block_ids: Sequence[int], position: int) -> int:
-        return int(block_ids[position // self.settings.block_size]) * self.settings.block_size + position % self.settings.block_size
+        return (
+            int(block_ids[position // self.settings.block_size]) * self.settings.block_size
+            + position % self.settings.block_size
+        )
 
     def compute(self, rows: Rows) -> SampledToken:
         labels = self.kv[rows.tier]

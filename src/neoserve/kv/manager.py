@@ -126,17 +126,28 @@ class KVManager:
         """Blocks that the residents take if each grows by `blocks_each`, or by what it needs if that is less."""
         return sum(min(resident.remaining, blocks_each) for resident in self._ledgers[tier].residents)
 
-    def can_enter(self, tier: Tier, held: int, worst: int, spare: int = 0) -> bool:
-        """Whether a newcomer that holds `held` blocks now and at most `worst` later leaves the pool safe.
+    def can_enter(self, tier: Tier, held: int, worst: int) -> bool:
+        """Whether a newcomer that holds `held` blocks now and at most `worst` later leaves the pool safe."""
+        return self._ledgers[tier].is_safe_with(held, worst - held)
 
-        spare: blocks that must be left free besides, unless nobody lives in the pool.
+    def fits_ahead(self, tier: Tier, held: int, worst: int, share: float) -> bool:
+        """Whether nobody will have to wait for a block if a newcomer enters, everyone grows at the same pace, and
+        each leaves after `share` of its remaining need. Where this fails, a safe pool still works, but in turns.
         """
         ledger = self._ledgers[tier]
-        if worst > ledger.pool.num_blocks:
-            return False
-        if ledger.residents and held + spare > ledger.pool.num_free:
-            return False
-        return ledger.is_safe_with(held, worst - held)
+        residents = ledger.residents
+        count = len(residents) + 1
+        used = ledger.pool.num_blocks - ledger.pool.num_free + held
+        if used + share * (ledger.outstanding + worst - held) <= ledger.pool.num_blocks:
+            return True
+        blocks = np.fromiter((r.held for r in residents), dtype=np.int64, count=count - 1)
+        needs = np.fromiter((r.remaining for r in residents), dtype=np.float64, count=count - 1)
+        blocks, needs = np.append(blocks, held), share * np.append(needs, worst - held)
+        order = np.argsort(needs)
+        blocks, needs = blocks[order], needs[order]
+        # When the k-th leaves, it and those after it have each grown by its need.
+        demand = np.cumsum(blocks[::-1])[::-1] + needs * np.arange(count, 0, -1)
+        return bool(demand.max() <= ledger.pool.num_blocks)
 
     def enter(self, tier: Tier, held: int, worst: int) -> Residence:
         """Take `held` blocks; the caller has asked `can_enter`."""

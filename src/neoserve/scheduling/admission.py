@@ -29,6 +29,7 @@ class Admission:
         self.waiting: OrderedDict[str, Request] = OrderedDict()
         self.num_slots = min(config.max_num_seqs, config.max_num_batched_tokens)
         self.free_slots = list(range(self.num_slots - 1, -1, -1))
+        self._max_rows = config.max_num_batched_tokens
         self._max_waiting = config.max_waiting
         self._only_host = config.offload == "all"
         self._placement = placement
@@ -70,21 +71,23 @@ class Admission:
         """Whether the head of the queue should go to the host: as many host rows as there could soon be would pay,
         and those that there are leave the worker pool time for one more."""
         device, host = _resident_load(running)
+        head = len(next(iter(self.waiting.values())).prompt_token_ids)
+        prompt_rows = min(head, self._max_rows)
+        limit_us = self._splitter.host_lap_limit_us(device, prompt_rows)
         if iteration - self._judged_at >= _JUDGEMENT_AGE:
-            ahead = [len(request.prompt_token_ids) for request in islice(self.waiting.values(), _FORESIGHT)]
-            limit_us = self._splitter.host_lap_limit_us(device)
-            future = host
-            for tokens in ahead:
-                more = future + Load.host_decode(1, tokens)
-                if self._cost.host_lap_us(more) > limit_us:
-                    break
-                future = more
             self._judged_at = iteration
-            self._host_would_pay = self._splitter.pays(device, future)
-        head = next(iter(self.waiting.values()))
-        host += Load.host_decode(1, len(head.prompt_token_ids))
-        fits = self._cost.host_lap_us(host) <= self._splitter.host_lap_limit_us(device)
-        return self._host_would_pay and fits
+            future = self._future_host_load(host, limit_us)
+            self._host_would_pay = future.rows > 0 and self._splitter.pays(device, future, prompt_rows)
+        return self._host_would_pay and self._cost.host_lap_us(host + Load.host_decode(1, head)) <= limit_us
+
+    def _future_host_load(self, host: Load, limit_us: float) -> Load:
+        """The host rows if as many waiting requests as there is time for went to the host."""
+        for request in islice(self.waiting.values(), _FORESIGHT):
+            more = host + Load.host_decode(1, len(request.prompt_token_ids))
+            if self._cost.host_lap_us(more) > limit_us:
+                break
+            host = more
+        return host
 
 
 def _resident_load(running: Iterable[Sequence]) -> tuple[Load, Load]:

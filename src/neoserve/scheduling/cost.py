@@ -8,13 +8,14 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from statistics import median
 from typing import Any
 
 from neoserve.core.config import ModelShape
 from neoserve.core.plan import SubBatch, Tier
 from neoserve.core.program import Op, Span
-from neoserve.scheduling.timeline import OPS, StageCosts, walk_us
+from neoserve.scheduling.timeline import FREE, OPS, StageCosts, walk_us
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +228,7 @@ class CostModel:
         pre, post = _pre_parameters(shape), _post_parameters(shape)
         self._pre_share = pre / (pre + post)
         self._correction = dict.fromkeys(Kind, 1.0)
+        self._costs_of = lru_cache(maxsize=64)(self._stage_costs)  # candidates of an iteration share most loads
         self._errors: deque[float] = deque(maxlen=self._WINDOW)
 
     @property
@@ -237,17 +239,19 @@ class CostModel:
     def price(self, spans: Sequence[Span], loads: Mapping[int, Load]) -> Price:
         """Price of the program of `spans`; `loads` by sub-batch index."""
         program_spans = tuple(spans)
-        costs = self._stage_costs(loads)
-        launch_us = self._launch_us(program_spans, loads)
-        device_us, host_us = self._busy_us(program_spans, costs)
-        walked_us = walk_us(self._num_layers, program_spans, costs)
-        table_us = max(walked_us, host_us, launch_us)
+        costs = [self._costs_of(loads[index]) if index in loads else FREE for index in (0, 1)]
+        device_us = host_us = launch_us = 0.0
+        for span in program_spans:
+            device_us += self._device_us(span, costs[span.sub_batch])
+            host_us += self._host_tasks(span) * costs[span.sub_batch].host_us
+            launch_us += self._launch_us(span, loads[span.sub_batch])
+        table_us = max(walk_us(self._num_layers, program_spans, *costs), host_us, launch_us)
         kind = _kind(program_spans, loads)
         return Price(kind, table_us * self._correction[kind], table_us, device_us, host_us, launch_us)
 
     def host_lap_us(self, load: Load) -> float:
         """Time of the worker pool for a lap of the load's host rows."""
-        return self._num_layers * self._host_us(load)
+        return self._num_layers * self._task_us(load)
 
     def prefill_row_us(self) -> float:
         """What a prefill row adds to an iteration whose linear layers are busy with many others."""
@@ -274,15 +278,7 @@ class CostModel:
         new = old * (seen / old) ** self._WEIGHT
         self._correction[price.kind] = min(max(new, 1 / self._RANGE), self._RANGE)
 
-    def _stage_costs(self, loads: Mapping[int, Load]) -> StageCosts:
-        first, second = (self._device_us(loads[index]) if index in loads else _NOTHING for index in (0, 1))
-        none = Load()
-        host_us = (self._host_us(loads.get(0, none)), self._host_us(loads.get(1, none)))
-        handoff_us = (self._handoff_us(loads.get(0, none)), self._handoff_us(loads.get(1, none)))
-        return StageCosts(first + second, host_us, handoff_us)
-
-    def _device_us(self, load: Load) -> tuple[float, ...]:
-        """Device time of each op, in the order of `OPS`."""
+    def _stage_costs(self, load: Load) -> StageCosts:
         table = self.table
         linear_us = table.linear.at(load.rows)
         attend_us = 0.0
@@ -298,43 +294,35 @@ class CostModel:
             Op.POST: linear_us * (1 - self._pre_share),
             Op.HEAD: table.head.at(load.samples) if load.samples else 0.0,
         }
-        return tuple(by_op.get(op, 0.0) for op in OPS)
+        handoff_us = table.handoff_us + load.host_rows * table.handoff_us_per_row
+        return StageCosts(tuple([by_op.get(op, 0.0) for op in OPS]), self._task_us(load), handoff_us)
 
-    def _host_us(self, load: Load) -> float:
+    def _task_us(self, load: Load) -> float:
+        """One layer's host attention."""
         if not load.host_rows:
             return 0.0
         table = self.table
         return table.host_task_us + load.host_tokens * table.host_us_per_token + load.host_rows * table.host_us_per_row
 
-    def _handoff_us(self, load: Load) -> float:
-        return self.table.handoff_us + load.host_rows * self.table.handoff_us_per_row
+    def _device_us(self, span: Span, costs: StageCosts) -> float:
+        """Time in which the device works on a span."""
+        begins, ends = span.first_step == 0, span.stop_step == self._num_layers + 1
+        us = costs.device_us
+        total_us = begins * us[_EMBED] + ends * us[_HEAD] + (span.num_steps - begins) * us[_POST]
+        return total_us + (span.num_steps - ends) * (us[_PRE] + us[_ATTEND])
 
-    def _launch_us(self, spans: tuple[Span, ...], loads: Mapping[int, Load]) -> float:
+    def _host_tasks(self, span: Span) -> int:
+        """Layers that a span sends to the worker pool."""
+        return (span.num_steps - (span.stop_step == self._num_layers + 1)) * span.has_host
+
+    def _launch_us(self, span: Span, load: Load) -> float:
         """Enqueueing: a whole lap of nothing but device decodes replays a graph, all else goes stage by stage."""
-        total_us = 0.0
-        for span in spans:
-            load = loads[span.sub_batch]
-            if span.num_steps == self._num_layers + 1 and not span.has_host and not load.prefill_rows:
-                total_us += self.table.graph_launch_us
-            else:
-                total_us += span.num_steps * (5 if span.has_host else 3) * self.table.launch_us
-        return total_us
-
-    def _busy_us(self, spans: tuple[Span, ...], costs: StageCosts) -> tuple[float, float]:
-        """Time in which the device and the worker pool work, without waiting for each other."""
-        device_us = host_us = 0.0
-        for span in spans:
-            op_us = dict(zip(OPS, costs.device_us[span.sub_batch * len(OPS) :], strict=False))
-            begins, ends = span.first_step == 0, span.stop_step == self._num_layers + 1
-            device_us += begins * op_us[Op.EMBED] + ends * op_us[Op.HEAD]
-            device_us += (span.num_steps - begins) * op_us[Op.POST]
-            device_us += (span.num_steps - ends) * (op_us[Op.PRE] + op_us[Op.ATTEND])
-            if span.has_host:
-                host_us += (span.num_steps - ends) * costs.host_us[span.sub_batch]
-        return device_us, host_us
+        if span.num_steps == self._num_layers + 1 and not span.has_host and not load.prefill_rows:
+            return self.table.graph_launch_us
+        return span.num_steps * (5 if span.has_host else 3) * self.table.launch_us
 
 
-_NOTHING = (0.0,) * len(OPS)
+_EMBED, _PRE, _ATTEND, _POST, _HEAD = (OPS.index(op) for op in (Op.EMBED, Op.PRE, Op.ATTEND, Op.POST, Op.HEAD))
 
 
 def _kind(spans: tuple[Span, ...], loads: Mapping[int, Load]) -> Kind:

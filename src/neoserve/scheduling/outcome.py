@@ -72,6 +72,7 @@ class Outcome:
     def end(self, sequence: Sequence) -> None:
         """The sequence runs no further; it is gone now, or once nothing in flight uses its blocks."""
         sequence.finished = True
+        self._placement.learn_length(len(sequence.output) / sequence.max_new_tokens)
         self._placement.kv.settle(sequence.residence)
         if sequence.pins == 0:
             self._release(sequence)

@@ -17,6 +17,8 @@ from neoserve.scheduling.sequence import Sequence
 
 _OTHER = {Tier.DEVICE: Tier.HOST, Tier.HOST: Tier.DEVICE}
 _MIGRATIONS_TO_DEVICE = 2  # in one iteration: they share the link with the hand-off
+_SHARE_WEIGHT = 0.02
+_SHARE_MARGIN = 1.25
 
 
 class Placement:
@@ -39,6 +41,8 @@ class Placement:
         self._both = device_blocks > 0 and host_blocks > 0
         self._paused = {Tier.DEVICE: False, Tier.HOST: False}
         self._iteration = -1
+        self._mean_share = 1.0  # of its possible tokens that a sequence generates
+        self._share = 1.0
 
     def max_new_tokens(self, request: Request) -> int:
         """Tokens that the request may generate within the context length."""
@@ -71,6 +75,11 @@ class Placement:
     def can_stage(self, num_tokens: int) -> bool:
         """Whether a sequence can be fed so many tokens by their ids if it lives on the host."""
         return self._config.blocks_for(num_tokens) <= self._config.staging_blocks
+
+    def learn_length(self, share: float) -> None:
+        """A sequence ended after this share of the tokens that it might have generated."""
+        self._mean_share += _SHARE_WEIGHT * (share - self._mean_share)
+        self._share = min(1.0, _SHARE_MARGIN * self._mean_share)
 
     def begin(self, iteration: int) -> None:
         """Forget the migrations of the iteration before."""
@@ -120,12 +129,15 @@ class Placement:
         return sequence.migrated_in != self._iteration
 
     def relieve_device(self, running: Ordered[Sequence]) -> None:
-        """Migrate the newest of the device pool while its residents could hardly grow. `running` is oldest first."""
-        if not self._both or self._available(Tier.DEVICE) >= self._pressure():
+        """Migrate the newest of the device pool while its residents can hardly grow and would soon have to wait.
+
+        `running` is oldest first.
+        """
+        if not self._both or not self._is_too_full():
             return
         for sequence in reversed([s for s in running if s.tier is Tier.DEVICE]):
             self._try_migrate(sequence)
-            if self._available(Tier.DEVICE) >= self._pressure():
+            if not self._is_too_full():
                 break
 
     def refill_device(self, decoding_on_host: Iterable[Sequence]) -> None:
@@ -142,17 +154,14 @@ class Placement:
             if self._try_migrate(sequence):
                 break
 
-    def _pressure(self) -> int:
-        return self._growth(Tier.DEVICE, self._policy.pressure_growth_tokens)
+    def _is_too_full(self) -> bool:
+        growing = self.kv.growth(Tier.DEVICE, 1)
+        soon = growing * self._policy.pressure_growth_tokens // self._config.block_size
+        return self._available(Tier.DEVICE) < soon and not self._fits_ahead(Tier.DEVICE, 0, 0)
 
     def _worst_blocks(self, request: Request) -> int:
+        """Blocks when it ends at its latest: the last token that it generates is never fed."""
         return self._config.blocks_for(len(request.prompt_token_ids) + self.max_new_tokens(request) - 1)
-
-    def _growth(self, tier: Tier, num_tokens: int) -> int:
-        """Blocks that the residents of a pool take while each gets `num_tokens` more, if those are spread evenly."""
-        whole, rest = divmod(num_tokens, self._config.block_size)
-        blocks = self.kv.growth(tier, whole)
-        return blocks + (self.kv.growth(tier, 1) * rest // self._config.block_size if rest else 0)
 
     def _available(self, tier: Tier) -> int:
         """Free blocks, and those that migrations of this iteration will have freed."""
@@ -160,11 +169,14 @@ class Placement:
         return self.kv.num_free(tier) + leaving
 
     def _can_enter(self, tier: Tier, held: int, worst: int) -> bool:
-        if self._paused[tier]:
+        """Nobody waits there, it stays safe, and nobody is expected to have to wait."""
+        if self._paused[tier] or not self.kv.can_enter(tier, held, worst):
             return False
-        tokens = self._policy.entry_growth_tokens
-        own_growth = min(worst - held, tokens // self._config.block_size)
-        return self.kv.can_enter(tier, held, worst, self._growth(tier, tokens) + own_growth)
+        return self._fits_ahead(tier, held, worst)
+
+    def _fits_ahead(self, tier: Tier, held: int, worst: int) -> bool:
+        share = self._policy.expected_share
+        return self.kv.fits_ahead(tier, held, worst, self._share if share is None else share)
 
     def _make_room(self, sequence: Sequence, running: Ordered[Sequence]) -> bool:
         """Find a block for a sequence whose pool has none to spare; whether it got it."""

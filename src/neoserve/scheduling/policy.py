@@ -9,10 +9,11 @@ from dataclasses import dataclass
 class Policy:
     """How eager the scheduler is. The defaults are meant for serving; tests turn single knobs.
 
-    entry_growth_tokens: who enters a pool leaves room for every resident to grow by this much, so that entries do
-        not at once make others wait or migrate.
+    expected_share: how much of its remaining tokens a sequence is expected to generate: who enters a pool must fit
+        beside its residents while all run that far, so that entries do not make others wait or migrate. `None`:
+        learned from the sequences that ended.
     pressure_growth_tokens: in `auto`, the newest leaves the device pool when its residents could not even grow by
-        this much. Far below entry_growth_tokens: what came in stays for as many iterations as lie between.
+        this much. Who came in was expected to fit until it ends, so nothing bounces.
     max_ratio: host rows get a token at least once in so many iterations as long as that pays, without a target.
     slowest_ratio: where host rows do not pay, a lap of theirs may take so many iterations.
     max_skipped: and it begins after at most so many iterations without host rows.
@@ -22,7 +23,7 @@ class Policy:
     forced_migration_period: for tests: every so many iterations the longest-settled sequence changes its tier.
     """
 
-    entry_growth_tokens: int = 64
+    expected_share: float | None = None
     pressure_growth_tokens: int = 8
     max_ratio: int = 4
     slowest_ratio: int = 16

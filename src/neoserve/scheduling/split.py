@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from neoserve.core.plan import Tier
 from neoserve.core.program import Span
@@ -108,18 +109,24 @@ class Splitter:
             return best
         return self._with_fewer_prompts(pricing, best)
 
-    def pays(self, device: Load, host: Load) -> bool:
-        """Whether laps of these host rows beside these device rows beat device-only."""
-        work = Work(device, (), (), host, 0, must_run_host=False)
-        pricing = self._pricing(work)
-        rates = (choice.rate for choice in self._ratio_candidates(pricing, 0))
-        return max(rates, default=0.0) > self._policy.min_gain
+    def pays(self, device: Load, host: Load, prompt_rows: int) -> bool:
+        """Whether laps of these host rows beside these device rows beat device-only, at least while there are prompts
+        to compute: then the second read of the weights costs little. Such prompts have `prompt_rows` rows."""
+        for chunks in ((), (Chunk(Tier.HOST, 0, prompt_rows, samples=True),)):
+            pricing = self._pricing(Work(device, chunks, (), host, 0, must_run_host=False))
+            rows = prompt_rows if chunks else 0
+            pipelined = max((choice.rate for choice in self._ratio_candidates(pricing, rows)), default=0.0)
+            if pipelined > self._policy.min_gain * pricing.device_only_rate(rows):
+                return True
+        return False
 
-    def host_lap_limit_us(self, device: Load) -> float:
+    def host_lap_limit_us(self, device: Load, prompt_rows: int) -> float:
         """How long the worker pool may take for a lap of all host sequences, for them to keep their interval."""
         if self._target_us is not None:
             return self._target_us
-        return self._policy.host_stretch * self._policy.max_ratio * self._device_lap_us(device)
+        prompt_us = self._device_lap_us(device + Load.prefill(Tier.DEVICE, 0, prompt_rows, samples=True))
+        several_us = self._policy.max_ratio * self._device_lap_us(device)
+        return self._policy.host_stretch * max(several_us, prompt_us)
 
     def _pricing(self, work: Work) -> _Pricing:
         """Without device rows, a decode token is worth what it would cost if the host rows were on the device."""
@@ -228,40 +235,55 @@ class Splitter:
         return best
 
 
-@dataclass(frozen=True, slots=True)
 class _Pricing:
-    """Prices the candidates of one iteration."""
+    """Prices the candidates of one iteration.
 
-    cost: CostModel
-    num_steps: int
-    work: Work
-    decode_us: float
-    prefill_row_us: float
+    decode_us, prefill_row_us: what a decode token and a prefill row are worth.
+    """
+
+    def __init__(self, cost: CostModel, num_steps: int, work: Work, decode_us: float, prefill_row_us: float) -> None:
+        self.work = work
+        self._cost = cost
+        self._num_steps = num_steps
+        self._decode_us = decode_us
+        self._prefill_row_us = prefill_row_us
+        self._host_tokens = tuple(accumulate(work.host_tokens, initial=0))
+        self._prefill_loads: dict[int, Load] = {}
 
     def price(self, prefill_rows: int, num_first: int, num_second: int, lap_steps: int) -> Choice:
         """The candidate with this split; `lap_steps` of a lap in flight, or of one that begins with `num_second`."""
         work = self.work
         first = work.device
         if prefill_rows:
-            first += prefill_load(work.chunks, prefill_rows)
+            first += self._prefill_load(prefill_rows)
         if num_first:
             first += self._host_load(num_second, num_second + num_first)
         spans, loads = [], {}
         if first.rows:
-            spans.append(Span(0, 0, self.num_steps, num_first > 0))
+            spans.append(Span(0, 0, self._num_steps, num_first > 0))
             loads[0] = first
-        worth_us = (work.device.rows + num_first) * self.decode_us + prefill_rows * self.prefill_row_us
+        worth_us = (work.device.rows + num_first) * self._decode_us + prefill_rows * self._prefill_row_us
         if lap_steps:
             second = work.lap or self._host_load(0, num_second)
             spans.append(Span(1, work.lap_step, work.lap_step + lap_steps, True))
             loads[1] = second
-            worth_us += second.rows * self.decode_us * lap_steps / self.num_steps
-        price = self.cost.price(spans, loads)
+            worth_us += second.rows * self._decode_us * lap_steps / self._num_steps
+        price = self._cost.price(spans, loads)
         return Choice(prefill_rows, (num_first, num_second), lap_steps, price, worth_us / price.total_us)
 
+    def device_only_rate(self, prefill_rows: int) -> float:
+        """The rate without any host rows; 0 if there is nothing else."""
+        if not (self.work.device.rows or prefill_rows):
+            return 0.0
+        return self.price(prefill_rows, 0, 0, 0).rate
+
+    def _prefill_load(self, prefill_rows: int) -> Load:
+        if prefill_rows not in self._prefill_loads:
+            self._prefill_loads[prefill_rows] = prefill_load(self.work.chunks, prefill_rows)
+        return self._prefill_loads[prefill_rows]
+
     def _host_load(self, first: int, stop: int) -> Load:
-        tokens = self.work.host_tokens
-        return Load.host_decode(stop - first, sum(tokens[first:stop]))
+        return Load.host_decode(stop - first, self._host_tokens[stop] - self._host_tokens[first])
 
 
 def _rate(choice: Choice) -> float:

@@ -17,23 +17,25 @@ NUM_OPS = len(OPS)
 _CODE = {op: code for code, op in enumerate(OPS)}
 SEND = _CODE[Op.SEND]
 RECV = _CODE[Op.RECV]
-NUM_SUB_BATCHES = 2
 
 _WALKED_WHOLE = 14  # steps: programs up to this long are not worth extrapolating
-_SHORT, _LONG = 4, 6  # steps of the shorter span in the two walks that a long program is extrapolated from
+_SHORT, _LONG = 2, 4  # steps of the shorter span in the two walks that a long program is extrapolated from
 
 
 @dataclass(frozen=True, slots=True)
 class StageCosts:
-    """What each stage costs.
+    """What the stages of one sub-batch cost.
 
-    device_us: by sub_batch * NUM_OPS + op. host_us: one layer's task of each sub-batch on the worker pool.
-    handoff_us: for each sub-batch, from SEND to the pool's start and again from its end to RECV's, added up.
+    device_us: of each op, in the order of `OPS`. host_us: one layer's task on the worker pool.
+    handoff_us: from SEND to the pool's start and again from its end to RECV's, added up.
     """
 
     device_us: tuple[float, ...]
-    host_us: tuple[float, float]
-    handoff_us: tuple[float, float]
+    host_us: float
+    handoff_us: float
+
+
+FREE = StageCosts((0.0,) * NUM_OPS, 0.0, 0.0)
 
 
 @lru_cache(maxsize=4096)
@@ -46,7 +48,8 @@ def stage_codes(num_layers: int, spans: tuple[Span, ...]) -> tuple[int, ...]:
 def _walks(num_layers: int, spans: tuple[Span, ...]) -> tuple[tuple[tuple[int, ...], int], ...]:
     """The walks (stage codes, steps of the longest span) that price a program: itself, or a long and a short one."""
     longest = max(span.num_steps for span in spans)
-    if longest <= _WALKED_WHOLE:
+    shortest = min(span.num_steps for span in spans)
+    if longest <= _WALKED_WHOLE or shortest <= _LONG:
         return ((stage_codes(num_layers, spans), longest),)
     walks = []
     for periods in (_LONG, _SHORT):
@@ -75,32 +78,29 @@ def _shortened(num_layers: int, spans: tuple[Span, ...], periods: int) -> tuple[
     return fewer_layers, tuple(shortened)
 
 
-def _walk(codes: tuple[int, ...], costs: StageCosts) -> float:
+def _walk(codes: tuple[int, ...], first: StageCosts, second: StageCosts) -> float:
     """When the device is done with the stages."""
-    device_us, host_us, handoff_us = costs.device_us, costs.host_us, costs.handoff_us
+    device_us = first.device_us + second.device_us
     now = host_free = 0.0
     output_at = [0.0, 0.0]
     for code in codes:
-        op = code % NUM_OPS
-        if op == RECV:
-            sub_batch = code // NUM_OPS
-            if output_at[sub_batch] > now:
-                now = output_at[sub_batch]
+        if code % NUM_OPS == RECV:
+            now = max(now, output_at[code // NUM_OPS])
         now += device_us[code]
-        if op == SEND:
-            sub_batch = code // NUM_OPS
-            host_free = max(host_free, now + handoff_us[sub_batch] / 2) + host_us[sub_batch]
-            output_at[sub_batch] = host_free + handoff_us[sub_batch] / 2
+        if code % NUM_OPS == SEND:
+            costs = second if code > NUM_OPS else first
+            host_free = max(host_free, now + costs.handoff_us / 2) + costs.host_us
+            output_at[code // NUM_OPS] = host_free + costs.handoff_us / 2
     return now
 
 
-def walk_us(num_layers: int, spans: tuple[Span, ...], costs: StageCosts) -> float:
-    """Microseconds from the program's first stage to the end of its last one on the device."""
+def walk_us(num_layers: int, spans: tuple[Span, ...], first: StageCosts, second: StageCosts) -> float:
+    """Microseconds from the program's first stage to the end of its last one on the device; costs by sub-batch."""
     walks = _walks(num_layers, spans)
     codes, steps = walks[0]
-    total_us = _walk(codes, costs)
+    total_us = _walk(codes, first, second)
     if len(walks) > 1:
         shorter_codes, shorter_steps = walks[1]
-        step_us = (total_us - _walk(shorter_codes, costs)) / (steps - shorter_steps)
+        step_us = (total_us - _walk(shorter_codes, first, second)) / (steps - shorter_steps)
         total_us += step_us * (max(span.num_steps for span in spans) - steps)
     return total_us
