@@ -18,7 +18,7 @@ import torch
 
 from neoserve.kernels.base import Ops, PagedAttention, PagedBatch
 
-__all__ = ["Completion", "Device", "Flag", "Ops", "PagedAttention", "PagedBatch"]
+__all__ = ["Completion", "Device", "Exchange", "Flag", "Ops", "PagedAttention", "PagedBatch", "Transfer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,21 @@ class Completion(Protocol):
 
     def elapsed_us(self) -> float:
         """How long the work took on the device, once it is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A copy between device memory and memory that host and device share; one shape and dtype, both contiguous."""
+
+    source: torch.Tensor
+    target: torch.Tensor
+
+
+class Exchange(Protocol):
+    """A hand-off on its way."""
+
+    def finish(self) -> None:
+        """Inside `submit`: later work of the compute stream waits until the copy back is done."""
 
 
 class Device(ABC):
@@ -69,12 +84,14 @@ class Device(ABC):
         """Run `work`, whose torch calls land on the compute stream, after all that was submitted before."""
 
     @abstractmethod
-    def raise_flag(self, flag: Flag, value: int) -> None:
-        """Stream operation, inside `submit`: write `value` once all earlier work of the stream is visible."""
+    def exchange(
+        self, channel: int, outward: Transfer, ready: Flag, done: Flag, value: int, back: Transfer
+    ) -> Exchange:
+        """Inside `submit`, enqueue beside the compute stream: once the work so far is done, carry out `outward` and
+        raise `ready` to `value`; once `done` is >= value, carry out `back`.
 
-    @abstractmethod
-    def wait_flag(self, flag: Flag, value: int) -> None:
-        """Stream operation, inside `submit`: later work of the stream waits until the flag is >= value."""
+        channel: 0 or 1; the exchanges of one channel happen in order, those of two channels independently.
+        """
 
     @abstractmethod
     def free_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """The reference device: CPU tensors, and a thread as its compute stream.
 
 `submit` returns at once and the thread runs the work in order, so launching ahead, flags and the worker pool behave
-as they do on a GPU: `wait_flag` blocks the stream, never the caller.
+as they do on a GPU: a hand-off blocks the stream, never the caller.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import psutil
@@ -17,7 +18,7 @@ import torch
 
 from neoserve import _native
 from neoserve.core.errors import HostAttentionError
-from neoserve.device.base import Completion, Device, Flag
+from neoserve.device.base import Completion, Device, Exchange, Flag, Transfer
 from neoserve.kernels.reference import ReferenceOps
 
 
@@ -42,11 +43,26 @@ class _Work:
         return self.duration_us
 
 
+@dataclass(frozen=True, slots=True)
+class _Exchange:
+    """The way back, made when it is needed: a thread that is its own stream cannot wait beside itself."""
+
+    done: Flag
+    value: int
+    back: Transfer
+    timeout_s: float
+
+    def finish(self) -> None:
+        if not _native.flag_wait(self.done.address, self.value, self.timeout_s):
+            raise HostAttentionError(f"no worker raised the done flag to {self.value} within {self.timeout_s} s")
+        self.back.target.copy_(self.back.source)
+
+
 class ReferenceDevice(Device):
     """CPU tensors behind the interface of a GPU.
 
     num_threads: torch's threads for the stream, so that they and the worker pool together do not exceed the cores.
-    flag_timeout_s: a backstop for `wait_flag`; the worker pool raises every armed flag long before.
+    flag_timeout_s: a backstop for a hand-off; the worker pool raises every armed flag long before.
     """
 
     def __init__(self, num_threads: int, flag_timeout_s: float = 120.0) -> None:
@@ -87,12 +103,12 @@ class ReferenceDevice(Device):
         self._queue.put(item)
         return item
 
-    def raise_flag(self, flag: Flag, value: int) -> None:
-        _native.flag_raise(flag.address, value)
-
-    def wait_flag(self, flag: Flag, value: int) -> None:
-        if not _native.flag_wait(flag.address, value, self._flag_timeout_s):
-            raise HostAttentionError(f"no worker raised the done flag to {value} within {self._flag_timeout_s} s")
+    def exchange(
+        self, channel: int, outward: Transfer, ready: Flag, done: Flag, value: int, back: Transfer
+    ) -> Exchange:
+        outward.target.copy_(outward.source)
+        _native.flag_raise(ready.address, value)
+        return _Exchange(done, value, back, self._flag_timeout_s)
 
     def free_bytes(self) -> int:
         return int(psutil.virtual_memory().available)

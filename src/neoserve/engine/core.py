@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from neoserve._native import WorkerPool
 from neoserve.core.config import EngineConfig
 from neoserve.core.plan import IterationPlan, IterationResult
 from neoserve.core.request import Request, TokenEvent
@@ -50,6 +51,11 @@ class EngineCore:
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
         return bool(self._in_flight) or self._scheduler.has_work
+
+    @property
+    def worker_pool(self) -> WorkerPool | None:
+        """The host tier's workers; `None` without a host tier."""
+        return self._executor.pool
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises `RequestTooLongError` or `QueueFullError`."""

@@ -16,7 +16,7 @@ from neoserve.device.base import Completion, Device
 from neoserve.execution.handoff import HandOff
 from neoserve.execution.issue import arm, issue
 from neoserve.execution.kv_store import KVStore
-from neoserve.execution.lap import Lap, Workshop
+from neoserve.execution.lap import Lap, Sequence, Workshop
 from neoserve.execution.sampling import SamplingState
 from neoserve.models.decoder import Decoder
 
@@ -45,7 +45,7 @@ class Executor:
         if config.host_blocks:
             self.pool = _native.WorkerPool(config.worker_cpus, deadline_s=config.host_deadline_s)
             attention = self.host_attention(self.pool)
-            handoffs = tuple(HandOff(device, attention, config) for _ in range(NUM_SUB_BATCHES))
+            handoffs = tuple(HandOff(device, attention, config, channel) for channel in range(NUM_SUB_BATCHES))
         self._shop = Workshop(
             device=device,
             model=model,
@@ -55,8 +55,13 @@ class Executor:
             handoffs=handoffs,
             block_size=config.block_size,
         )
-        self._requests: dict[str, Request] = {}
+        self._sequences: dict[str, Sequence] = {}
         self._laps: dict[int, Lap] = {}
+
+    @property
+    def handoffs(self) -> tuple[HandOff, ...]:
+        """The sub-batches' hand-offs; none without a host tier."""
+        return self._shop.handoffs
 
     def host_attention(self, pool: _native.WorkerPool) -> _native.HostAttention:
         """The host tier's attention over the host pool."""
@@ -76,16 +81,16 @@ class Executor:
 
     def add(self, request: Request) -> None:
         """Make a request known; its first rows may come in any later plan."""
-        self._requests[request.request_id] = request
+        self._sequences[request.request_id] = Sequence(request, [])
 
     def remove(self, request_id: str) -> None:
         """Forget a request; laps in flight keep what they need of it."""
-        self._requests.pop(request_id, None)
+        self._sequences.pop(request_id, None)
 
     def launch(self, plan: IterationPlan) -> Launched:
         """Arm the workers and enqueue the iteration, without waiting for anything."""
         for sub_batch in plan.begins:
-            self._laps[sub_batch.index] = Lap(self._shop, sub_batch, self._requests)
+            self._laps[sub_batch.index] = Lap(self._shop, sub_batch, self._sequences)
         laps = {span.sub_batch: self._laps[span.sub_batch] for span in plan.spans}
         for sub_batch in plan.ends:
             del self._laps[sub_batch.index]
@@ -116,8 +121,12 @@ class Executor:
         if error is not None:
             return IterationResult(tokens=(), elapsed_us=elapsed_us, error=error)
         ended = [launched.laps[sub_batch.index] for sub_batch in launched.plan.ends]
+        tokens = tuple(token for lap in ended for token in lap.tokens())
+        for token in tokens:
+            if token.token_id is not None and token.request_id in self._sequences:
+                self._sequences[token.request_id].token_ids.append(token.token_id)
         return IterationResult(
-            tokens=tuple(token for lap in ended for token in lap.tokens()),
+            tokens=tokens,
             elapsed_us=elapsed_us,
             host_busy_us=sum(lap.native.busy_us for lap in ended if lap.native is not None),
             host_bytes=sum(lap.native.kv_bytes for lap in ended if lap.native is not None)

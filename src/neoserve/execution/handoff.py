@@ -15,7 +15,7 @@ import torch
 from neoserve import _native
 from neoserve.core.config import ResolvedConfig
 from neoserve.core.plan import Rows
-from neoserve.device.base import Device, Flag
+from neoserve.device.base import Device, Exchange, Flag, Transfer
 from neoserve.execution.kv_store import flatten
 
 FLAG_WORDS = 64
@@ -23,12 +23,16 @@ FLAG_WORDS = 64
 
 
 class HandOff:
-    """One sub-batch's hand-off. `begin`, `arm` and `recover` belong to the caller, `send` and `recv` to the stream."""
+    """One sub-batch's hand-off. `begin`, `arm` and `recover` belong to the caller, `send` to the stream.
 
-    def __init__(self, device: Device, attention: _native.HostAttention, config: ResolvedConfig) -> None:
+    channel: the sub-batch's index.
+    """
+
+    def __init__(self, device: Device, attention: _native.HostAttention, config: ResolvedConfig, channel: int) -> None:
         shape, dtype = config.shape, getattr(torch, config.dtype)
         heads = shape.num_query_heads + 2 * shape.num_kv_heads
         self._device = device
+        self._channel = channel
         self._attention = attention
         self._qkv_TCD = device.pinned((config.max_num_seqs, heads, shape.head_dim), dtype)
         self._out_THD = device.pinned((config.max_num_seqs, shape.num_query_heads, shape.head_dim), dtype)
@@ -61,16 +65,17 @@ class HandOff:
             done_value=self._num_armed,
         )
 
-    def send(self, qkv_TCD: torch.Tensor) -> None:
-        """Enqueue: the rows to the slot in one copy, then raise `ready`."""
+    def send(self, qkv_TCD: torch.Tensor, out_THD: torch.Tensor) -> Exchange:
+        """Enqueue: the rows to the slot in one copy, raise `ready`; once `done` is raised, the output to `out_THD`."""
         self._num_sent += 1
-        self._qkv_TCD[: len(qkv_TCD)].copy_(qkv_TCD, non_blocking=True)
-        self._device.raise_flag(self._ready, self._num_sent)
-
-    def recv(self, out_THD: torch.Tensor) -> None:
-        """Enqueue: wait for `done`, then the output from the slot in one copy."""
-        self._device.wait_flag(self._done, self._num_sent)
-        out_THD.copy_(self._out_THD[: len(out_THD)], non_blocking=True)
+        return self._device.exchange(
+            self._channel,
+            outward=Transfer(qkv_TCD, self._qkv_TCD[: len(qkv_TCD)]),
+            ready=self._ready,
+            done=self._done,
+            value=self._num_sent,
+            back=Transfer(self._out_THD[: len(out_THD)], out_THD),
+        )
 
     def recover(self, timeout_s: float) -> bool:
         """After an iteration that broke off: let the workers finish what was armed and never sent.

@@ -14,12 +14,13 @@ import torch
 from neoserve import _native
 from neoserve.core.plan import Rows, SampledToken, SubBatch, TokenLogprobs
 from neoserve.core.request import Request
-from neoserve.device.base import Device, PagedAttention
+from neoserve.device.base import Device, Exchange, PagedAttention
 from neoserve.execution.handoff import HandOff
 from neoserve.execution.inputs import LapInputs, lap_inputs
 from neoserve.execution.kv_store import KVStore
-from neoserve.execution.sampling import Logprobs, SamplingState
-from neoserve.models.decoder import Decoder
+from neoserve.execution.logprobs import Logprobs, token_logprobs
+from neoserve.execution.sampling import SamplingState
+from neoserve.models.decoder import Decoder, split_qkv
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,14 @@ class Workshop:
 
 
 @dataclass(frozen=True, slots=True)
+class Sequence:
+    """A request, and the tokens that it has so far; the executor appends to them."""
+
+    request: Request
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class PromptLogprobs:
     """Log-probabilities of a prompt chunk's rows, on their way to the host."""
 
@@ -54,10 +63,16 @@ class Lap:
     caller once the work that ended the lap is done.
     """
 
-    def __init__(self, shop: Workshop, sub_batch: SubBatch, requests: Mapping[str, Request]) -> None:
+    def __init__(self, shop: Workshop, sub_batch: SubBatch, sequences: Mapping[str, Sequence]) -> None:
         self.sub_batch = sub_batch
         self._shop = shop
-        self._requests = {rows.request_id: requests[rows.request_id] for rows in sub_batch.rows}
+        self._requests = {rows.request_id: sequences[rows.request_id].request for rows in sub_batch.rows}
+        # A sequence begins with its first chunk, and again with the chunk after a lap that was lost.
+        self._beginning = [
+            (rows.slot, sequences[rows.request_id].request, tuple(sequences[rows.request_id].token_ids))
+            for rows in sub_batch.prefill
+            if rows.start == 0 or rows.num_generated
+        ]
         self._inputs: LapInputs = lap_inputs(sub_batch, shop.block_size)
         self.native: _native.Lap | None = None
         if sub_batch.host_decode:
@@ -68,6 +83,7 @@ class Lap:
         self._staging_ids: tuple[torch.Tensor, ...] = ()
         self._device_groups: list[tuple[slice, PagedAttention]] = []
         self._host_prefill: tuple[slice, PagedAttention] | None = None
+        self._exchange: Exchange | None = None
         self._sampled_ids_B = empty
         self._logprobs: Logprobs | None = None
         self._prompt_logprobs: list[PromptLogprobs] = []
@@ -82,14 +98,13 @@ class Lap:
         shop, inputs = self._shop, self._inputs
         indices = shop.device.upload(inputs.indices)
         num_decodes = inputs.num_rows - inputs.num_prefill_rows
-        prompt_ids, self._positions_T, self._decode_slots, self._sampling_rows_B = indices.split(
-            [inputs.num_prefill_rows, inputs.num_rows, num_decodes, len(inputs.sampling)]
+        prompt_ids, self._positions_T, self._decode_slots, self._sampling_rows_B = torch.split(
+            indices, [inputs.num_prefill_rows, inputs.num_rows, num_decodes, len(inputs.sampling)]
         )
         self._token_ids_T = torch.cat([prompt_ids, shop.last_ids_S[self._decode_slots]])
         self._plan_attention()
-        for rows in self.sub_batch.prefill:
-            if rows.start == 0:
-                shop.sampling.add(rows.slot, self._requests[rows.request_id])
+        for slot, request, token_ids in self._beginning:
+            shop.sampling.add(slot, request, token_ids)
         shape = shop.model.shape
         self._x_TE = shop.model.embed(self._token_ids_T)
         self._attn_THD = self._x_TE.new_empty((inputs.num_rows, shape.num_query_heads, shape.head_dim))
@@ -121,8 +136,10 @@ class Lap:
         self._qkv_TCD, self._residual_TE = decoder_layer.before_attention(self._x_TE, residual, self._positions_T)
 
     def send(self) -> None:
-        """SEND: q, k, v of the host rows to the workers."""
-        self._shop.handoffs[self.sub_batch.index].send(self._qkv_TCD[self._inputs.host_decode])
+        """SEND: q, k, v of the host rows to the workers, their attention output on its way back."""
+        rows = self._inputs.host_decode
+        handoff = self._shop.handoffs[self.sub_batch.index]
+        self._exchange = handoff.send(self._qkv_TCD[rows], self._attn_THD[rows])
 
     def attend(self, layer: int) -> None:
         """ATTEND: append k, v of the prefill and device-decode rows, and attend for them."""
@@ -138,15 +155,14 @@ class Lap:
         store.store_staging(layer, store_staging, store_host)
 
     def _attend(self, rows: slice, attention: PagedAttention, kv_N2KPD: torch.Tensor) -> None:
-        shape = self._shop.model.shape
-        first_k, first_v = shape.num_query_heads, shape.num_query_heads + shape.num_kv_heads
-        qkv_TCD = self._qkv_TCD[rows]
-        attention.append(qkv_TCD[:, first_k:first_v], qkv_TCD[:, first_v:], kv_N2KPD)
-        attention.run(qkv_TCD[:, :first_k], kv_N2KPD, self._attn_THD[rows])
+        q_THD, k_TKD, v_TKD = split_qkv(self._qkv_TCD[rows], self._shop.model.shape)
+        attention.append(k_TKD, v_TKD, kv_N2KPD)
+        attention.run(q_THD, kv_N2KPD, self._attn_THD[rows])
 
     def recv(self) -> None:
-        """RECV: attention output of the host rows back."""
-        self._shop.handoffs[self.sub_batch.index].recv(self._attn_THD[self._inputs.host_decode])
+        """RECV: attention output of the host rows is there."""
+        assert self._exchange is not None
+        self._exchange.finish()
 
     def post(self, layer: int) -> None:
         """POST: output projection and MLP."""
@@ -160,14 +176,14 @@ class Lap:
         if not inputs.sampling:
             return
         logits_BV = shop.model.head(self._x_TE, self._residual_TE, self._sampling_rows_B)
-        batch = shop.sampling.batch(inputs.sampling, [self._requests[r.request_id] for r in inputs.sampling])
+        batch = shop.sampling.batch(inputs.sampling)
         ids_B = shop.sampling.sample(logits_BV, batch)
         shop.last_ids_S[batch.slots_B] = ids_B
         self._sampled_ids_B = shop.device.download(ids_B)
         counts = [self._requests[r.request_id].params.logprobs for r in inputs.sampling]
         if any(count is not None for count in counts):
-            self._logprobs = shop.sampling.logprobs(logits_BV, ids_B, max(count or 0 for count in counts))
-            self._logprobs = self._logprobs.to_host(shop.device.download)
+            found = token_logprobs(logits_BV, ids_B, max(count or 0 for count in counts))
+            self._logprobs = found.to_host(shop.device.download)
 
     def _prompt_rows_logprobs(self) -> None:
         """Log-probabilities of the prompts' own tokens, a prompt at a time: row i says what follows token i."""
@@ -180,7 +196,7 @@ class Lap:
                 row_ids = torch.arange(first_row, first_row + len(targets), device=device)
                 logits_TV = self._shop.model.head(self._x_TE, self._residual_TE, row_ids)
                 ids_T = torch.tensor(targets, device=device)
-                found = self._shop.sampling.logprobs(logits_TV, ids_T, request.params.prompt_logprobs)
+                found = token_logprobs(logits_TV, ids_T, request.params.prompt_logprobs)
                 found = found.to_host(self._shop.device.download)
                 self._prompt_logprobs.append(PromptLogprobs(rows.request_id, found))
             first_row += rows.count

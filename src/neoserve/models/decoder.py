@@ -104,5 +104,5 @@ class Decoder:
 
 def split_qkv(qkv_TCD: torch.Tensor, shape: ModelShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Views q_THD, k_TKD and v_TKD of fused rows."""
-    q_THD, k_TKD, v_TKD = torch.split(qkv_TCD, (shape.num_query_heads, shape.num_kv_heads, shape.num_kv_heads), dim=-2)
+    q_THD, k_TKD, v_TKD = torch.split(qkv_TCD, [shape.num_query_heads, shape.num_kv_heads, shape.num_kv_heads], dim=-2)
     return q_THD, k_TKD, v_TKD
