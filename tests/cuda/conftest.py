@@ -1,7 +1,5 @@
 """Everything in this folder needs an NVIDIA GPU; elsewhere it is skipped without being imported."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -26,7 +24,6 @@ def attention_shape(num_query_heads: int, num_kv_heads: int, head_dim: int) -> M
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
+def seeded() -> None:
     """Random tensors are the same in every run."""
     torch.manual_seed(0)
-    yield

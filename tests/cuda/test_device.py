@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from neoserve.core.errors import ConfigError
-from neoserve.device.base import Flag
+from neoserve.device.base import Exchange, Flag, Transfer
 from neoserve.device.cuda import CudaDevice, usable_dtype
 
 from .conftest import attention_shape
@@ -23,9 +23,18 @@ def device() -> Iterator[CudaDevice]:
     device.close()
 
 
+def do(*results: object) -> None:
+    """Make a statement of expressions, for a lambda."""
+
+
 def test_work_runs_in_order_and_completes(device: CudaDevice) -> None:
     x = torch.zeros(1 << 20, device=device.torch_device)
-    device.submit(lambda: [x.add_(1) for _ in range(100)] and None)
+
+    def add() -> None:
+        for _ in range(100):
+            x.add_(1)
+
+    device.submit(add)
     seen: list[torch.Tensor] = []
     completion = device.submit(lambda: seen.append(device.download(x[:4].mul_(2))))
     completion.wait()
@@ -55,70 +64,109 @@ def test_uploads_do_not_share_memory_with_their_source(device: CudaDevice) -> No
     assert torch.equal(found[0].cpu(), torch.arange(1000))
 
 
-def test_a_stream_waits_for_a_flag_that_the_host_raises(device: CudaDevice) -> None:
-    words = device.pinned((64,), torch.int32)
-    flag = Flag(words.data_ptr())
-    completion = device.submit(lambda: device.wait_flag(flag, 3))
-    time.sleep(0.05)
-    assert not completion.done()
-    words[0] = 2
-    time.sleep(0.05)
-    assert not completion.done()
-    words[0] = 4
-    completion.wait()
+class Slots:
+    """A hand-off's memory: what goes out is `sent`, what comes back is `answer`; two flags."""
+
+    def __init__(self, device: CudaDevice, size: int = 1 << 16) -> None:
+        self.words = device.pinned((128,), torch.int32)
+        self.sent = device.pinned((size,), torch.int32)
+        self.answer = device.pinned((size,), torch.int32)
+        self._device = device
+
+    def exchange(self, channel: int, value: int, source: torch.Tensor, target: torch.Tensor) -> Exchange:
+        ready, done = Flag(self.words.data_ptr()), Flag(self.words.data_ptr() + 256)
+        back = Transfer(self.answer, target)
+        return self._device.exchange(channel, Transfer(source, self.sent), ready, done, value, back)
+
+    def wait_ready(self, value: int) -> None:
+        deadline_s = time.monotonic() + 10
+        while int(self.words[0]) < value:
+            assert time.monotonic() < deadline_s, "the flag was not raised"
+            time.sleep(0)
+
+    def raise_done(self, value: int) -> None:
+        self.words[64] = value
 
 
-def test_a_raised_flag_follows_the_data_before_it(device: CudaDevice) -> None:
-    words = device.pinned((128,), torch.int32)
-    slot = device.pinned((1 << 16,), torch.int32)
-    ready, done = Flag(words.data_ptr()), Flag(words.data_ptr() + 256)
+def test_exchanges_carry_the_data_of_their_time_both_ways(device: CudaDevice) -> None:
+    slots = Slots(device)
     source = torch.zeros(1 << 16, dtype=torch.int32, device=device.torch_device)
+    results: list[torch.Tensor] = []
     seen: list[bool] = []
 
     def answer() -> None:
         for value in range(1, 101):
-            while int(words[0]) < value:
-                time.sleep(0)
-            seen.append(bool((slot == value).all()))
-            words[64] = value
+            slots.wait_ready(value)
+            seen.append(bool((slots.sent == value).all()))
+            slots.answer.fill_(10 * value)
+            slots.raise_done(value)
 
     def work() -> None:
         for value in range(1, 101):
-            source.fill_(value)
-            slot.copy_(source, non_blocking=True)
-            device.raise_flag(ready, value)
-            device.wait_flag(done, value)
+            target = torch.empty_like(source)
+            exchange = slots.exchange(0, value, source.fill_(value).clone(), target)
+            source.mul_(-1)
+            exchange.finish()
+            results.append(target + 1)
 
     worker = threading.Thread(target=answer)
     worker.start()
     device.submit(work).wait()
     worker.join()
     assert seen == [True] * 100
+    assert all(bool((result == 10 * (i + 1) + 1).all()) for i, result in enumerate(results))
 
 
-def test_flags_in_a_captured_graph_work_in_every_replay(device: CudaDevice) -> None:
-    words = device.pinned((128,), torch.int32)
-    ready, done = Flag(words.data_ptr()), Flag(words.data_ptr() + 256)
-    x = torch.zeros(4, device=device.torch_device)
+def test_compute_between_an_exchange_and_its_end_does_not_wait_for_it(device: CudaDevice) -> None:
+    slots = Slots(device)
+    source, target = (torch.zeros(1 << 16, dtype=torch.int32, device=device.torch_device) for _ in range(2))
+    exchanges: list[Exchange] = []
+    device.submit(lambda: exchanges.append(slots.exchange(1, 3, source, target)))
+    device.submit(lambda: do(source.add_(1))).wait()
+    finish = device.submit(exchanges[0].finish)
+    slots.raise_done(2)
+    time.sleep(0.05)
+    assert not finish.done()
+    slots.raise_done(4)
+    finish.wait()
+
+
+def test_channels_do_not_wait_for_each_other(device: CudaDevice) -> None:
+    slots = (Slots(device), Slots(device))
+    x = [torch.zeros(1 << 16, dtype=torch.int32, device=device.torch_device) for _ in range(4)]
+    exchanges: list[Exchange] = []
+    device.submit(lambda: exchanges.append(slots[0].exchange(0, 1, x[0], x[1])))
+    device.submit(lambda: exchanges.append(slots[1].exchange(1, 1, x[2], x[3])))
+    slots[1].raise_done(1)
+    device.submit(exchanges[1].finish).wait()
+    slots[0].raise_done(1)
+    device.submit(exchanges[0].finish).wait()
+
+
+def test_an_exchange_in_a_captured_graph_works_in_every_replay(device: CudaDevice) -> None:
+    slots = Slots(device, size=4)
+    x = torch.zeros(4, dtype=torch.int32, device=device.torch_device)
+    y = torch.zeros_like(x)
     graph = torch.cuda.CUDAGraph()
 
     def capture() -> None:
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             x.add_(1)
-            device.raise_flag(ready, 1)
-            device.wait_flag(done, 1)
-            x.mul_(2)
+            exchange = slots.exchange(0, 1, x, y)
+            exchange.finish()
+            y.mul_(2)
 
     device.submit(capture).wait()
-    for expected in (2.0, 6.0):
-        words[0] = words[64] = 0
+    for replay in (1, 2):
+        slots.words.zero_()
         completion = device.submit(graph.replay)
-        while int(words[0]) < 1:
-            time.sleep(0)
+        slots.wait_ready(1)
+        assert slots.sent.tolist() == [replay] * 4
         assert not completion.done()
-        words[64] = 1
+        slots.answer.fill_(7 * replay)
+        slots.raise_done(1)
         completion.wait()
-        assert x.tolist() == [expected] * 4
+        assert y.tolist() == [14 * replay] * 4
 
 
 def test_copies_run_after_earlier_compute_and_before_who_waits_for_them(device: CudaDevice) -> None:
@@ -130,7 +178,7 @@ def test_copies_run_after_earlier_compute_and_before_who_waits_for_them(device: 
             x.add_(1)
 
     device.submit(compute)
-    copied = device.submit_copies(lambda: y.copy_(x) and None)
+    copied = device.submit_copies(lambda: do(y.copy_(x)))
 
     def use() -> None:
         device.wait_for(copied)
@@ -146,7 +194,7 @@ def test_registered_memory_takes_copies_without_blocking(device: CudaDevice) -> 
     host = torch.from_numpy(memory).view(torch.int32)
     assert host.is_pinned()
     source = torch.arange(host.numel(), dtype=torch.int32, device=device.torch_device)
-    device.submit(lambda: host.copy_(source, non_blocking=True) and None).wait()
+    device.submit(lambda: do(host.copy_(source, non_blocking=True))).wait()
     assert torch.equal(host, source.cpu())
 
 

@@ -69,7 +69,7 @@ def fused_rows(batch: PagedBatch, heads: tuple[int, int, int], dtype: torch.dtyp
     return fused.split((num_query_heads, num_kv_heads, num_kv_heads), dim=1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 7, 300])
 def test_norms(dtype: torch.dtype, rows: int) -> None:
     ops = make_ops((8, 2, 64), dtype)
@@ -94,7 +94,7 @@ def test_the_norm_of_heads_inside_fused_rows() -> None:
     assert error(ops.rms_norm(q, weight, 1e-6), expected) < 5e-3
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_rope_rotates_views_of_fused_rows_and_leaves_v(
@@ -116,7 +116,7 @@ def test_rope_rotates_views_of_fused_rows_and_leaves_v(
     assert torch.equal(fused[:, 10:].float(), before[:, 10:])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_silu_and_mul(dtype: torch.dtype) -> None:
     gate_up = torch.randn(17, 2 * 1408, device=DEVICE).to(dtype)
     gate, up = gate_up.float().chunk(2, dim=-1)
@@ -124,8 +124,8 @@ def test_silu_and_mul(dtype: torch.dtype) -> None:
     assert error(found, torch.nn.functional.silu(gate) * up) < 5e-3
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("decode", [True, False])
 def test_append_and_attention(dtype: torch.dtype, heads: tuple[int, int, int], decode: bool) -> None:
     ops = make_ops(heads, dtype)
@@ -147,7 +147,7 @@ def test_append_and_attention(dtype: torch.dtype, heads: tuple[int, int, int], d
 
 
 def test_plans_in_flight_together_keep_their_own_batches() -> None:
-    heads, dtype = (32, 8, 128), torch.float16
+    heads, dtype = (32, 8, 128), DTYPES[-1]
     ops = make_ops(heads, dtype)
     kv = torch.randn(600, 2, 8, 16, 128, device=DEVICE).to(dtype)
     batches = [random_batch([100 * n + 7] * n, [1] * n, 16, 600) for n in (1, 2, 3, 9)]
@@ -163,7 +163,7 @@ def test_plans_in_flight_together_keep_their_own_batches() -> None:
 
 @pytest.mark.parametrize("heads", [(64, 8, 128), (32, 32, 128), (28, 4, 128)])
 def test_a_captured_bucket_serves_batches_that_grow_and_shrink(heads: tuple[int, int, int]) -> None:
-    dtype = torch.float16
+    dtype = DTYPES[-1]
     ops = make_ops(heads, dtype)
     num_blocks = 2000
     kv = torch.randn(num_blocks + 1, 2, heads[1], 16, heads[2], device=DEVICE).to(dtype)

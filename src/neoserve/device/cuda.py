@@ -1,4 +1,4 @@
-"""An NVIDIA GPU: streams, events, pinned memory and flags by stream memory operations."""
+"""An NVIDIA GPU: streams, events, pinned memory, and hand-offs by stream memory operations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from neoserve.core.config import DType, ModelShape
 from neoserve.core.errors import ConfigError
-from neoserve.device.base import Completion, Device, Flag
+from neoserve.device.base import Completion, Device, Exchange, Flag, Transfer
 from neoserve.device.driver import Driver
 from neoserve.device.registration import RegisteredMemory
 from neoserve.kernels.flashinfer_ops import FlashInferOps
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 OLDEST_CAPABILITY = (7, 5)
 _BFLOAT16_CAPABILITY = (8, 0)
+_NUM_CHANNELS = 2
 
 
 class _Submitted:
@@ -41,8 +42,29 @@ class _Submitted:
         return float(self.start.elapsed_time(self.end)) * 1e3
 
 
+class _Channel:
+    """A stream for the hand-offs of one sub-batch, and the events that tie it to the compute stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.sent = torch.cuda.Event()
+        self.back = torch.cuda.Event()
+
+
+class _Exchange:
+    """A hand-off on its way. It keeps the tensors until `finish`: the compute stream's allocator must not give their
+    memory away while the channel still copies."""
+
+    def __init__(self, channel: _Channel, outward: Transfer, back: Transfer) -> None:
+        self._channel = channel
+        self._tensors = (outward, back)
+
+    def finish(self) -> None:
+        torch.cuda.current_stream().wait_event(self._channel.back)
+
+
 class CudaDevice(Device):
-    """One GPU, with a stream for compute and one for copies.
+    """One GPU, with streams for compute, for migrations and for the hand-offs of each sub-batch.
 
     `submit` runs the closure at once on the calling thread: what it enqueues lands on the compute stream, and an
     error that it raises comes out of `Completion.wait`, as on a device whose stream is a thread.
@@ -63,6 +85,7 @@ class CudaDevice(Device):
         self._driver = Driver()
         self._compute = torch.cuda.Stream(self.torch_device, priority=-1)
         self._copies = torch.cuda.Stream(self.torch_device)
+        self._channels = tuple(_Channel(self.torch_device) for _ in range(_NUM_CHANNELS))
         self._registered: list[RegisteredMemory] = []
         self._flag_addresses: dict[int, int] = {}
 
@@ -106,11 +129,20 @@ class CudaDevice(Device):
             submitted.end.record(stream)
         return submitted
 
-    def raise_flag(self, flag: Flag, value: int) -> None:
-        self._driver.write_value(self._current_stream(), self._flag_address(flag), value)
-
-    def wait_flag(self, flag: Flag, value: int) -> None:
-        self._driver.wait_value(self._current_stream(), self._flag_address(flag), value)
+    def exchange(
+        self, channel: int, outward: Transfer, ready: Flag, done: Flag, value: int, back: Transfer
+    ) -> Exchange:
+        """As `Device.exchange`; can be captured in a CUDA graph, which then keeps `value`."""
+        side = self._channels[channel]
+        side.sent.record()
+        side.stream.wait_event(side.sent)
+        with torch.cuda.stream(side.stream):
+            outward.target.copy_(outward.source, non_blocking=True)
+            self._driver.write_value(side.stream.cuda_stream, self._flag_address(ready), value)
+            self._driver.wait_value(side.stream.cuda_stream, self._flag_address(done), value)
+            back.target.copy_(back.source, non_blocking=True)
+            side.back.record()
+        return _Exchange(side, outward, back)
 
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.torch_device)[0]
@@ -122,9 +154,6 @@ class CudaDevice(Device):
         torch.cuda.synchronize(self.torch_device)
         while self._registered:
             self._registered.pop().release()
-
-    def _current_stream(self) -> int:
-        return torch.cuda.current_stream(self.torch_device).cuda_stream
 
     def _flag_address(self, flag: Flag) -> int:
         if flag.address not in self._flag_addresses:

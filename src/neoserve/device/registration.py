@@ -1,7 +1,12 @@
-"""Pinning a large range of host memory for the GPU: in chunks, by several threads, all or nothing."""
+"""Pinning a large range of host memory for the GPU: in chunks, by several threads, all or nothing.
+
+Touching fresh memory takes several times as long as pinning it, and both scale with threads: each thread populates
+a chunk and then pins it.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +18,7 @@ logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 2**30
 _NUM_THREADS = 8
 _REPORT_CHUNKS = 16
+_MADV_POPULATE_WRITE = 23
 
 
 class RegisteredMemory:
@@ -30,11 +36,14 @@ class RegisteredMemory:
             (address + start, min(_CHUNK_BYTES, num_bytes - start)) for start in range(0, num_bytes, _CHUNK_BYTES)
         ]
         errors: list[DriverError] = []
+        libc = ctypes.CDLL(None)
 
         def register(chunk: tuple[int, int]) -> None:
             if errors:
                 return
             try:
+                # Before Linux 5.14 this does nothing, and pinning touches the pages, slower.
+                libc.madvise(ctypes.c_void_p(chunk[0]), ctypes.c_size_t(chunk[1]), _MADV_POPULATE_WRITE)
                 driver.use_context(self._context)
                 driver.register(*chunk)
             except DriverError as error:

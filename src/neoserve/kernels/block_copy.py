@@ -4,7 +4,8 @@ A block on the device is [2][K][P][D]; in the host pool it is [K][2][P * D], whe
 [P / 2][D][2] (csrc/attention/attention.h). Both have 2-byte values. The host pool is registered memory, so one kernel
 does the gather, the change of layout and the transfer.
 
-Few programs move the data: they saturate the bus to the host and leave the other multiprocessors to the model.
+Few programs move the data: 16 saturate the bus to the host of an H200, and leave the other multiprocessors to the
+model.
 Letters: L layers, N blocks, K kv heads, P tokens per block, D head dim, X = 2KPD.
 """
 
@@ -14,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-_NUM_PROGRAMS = 64
+_NUM_PROGRAMS = 16
 
 
 @triton.jit  # type: ignore[untyped-decorator]

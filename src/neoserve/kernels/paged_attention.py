@@ -136,13 +136,16 @@ class DecodeBuckets:
             raise ValueError(f"bucket sizes {sizes}; expected some, none above {_LARGEST_BUCKET}")
         self.sizes = tuple(sorted(sizes))
         self._padding_block = padding_block
+        self._block_size = geometry.block_size
         self._max_blocks = max_blocks + self.sizes[-1]
         largest = buffer_size(self.sizes[-1], self.sizes[-1], self._max_blocks)
         device = workspace.device
+        self._pinned = torch.zeros(largest, dtype=torch.int32, pin_memory=True)
         self._buffer = torch.zeros(largest, dtype=torch.int32, device=device)
+        self._copied = torch.cuda.Event()
         int_workspace = torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._buckets = {
-            size: DecodeBucket(geometry, workspace, int_workspace, self._buffer, size, self._max_blocks)
+            size: DecodeBucket(geometry, workspace, int_workspace, views(self._buffer, size, size, self._max_blocks))
             for size in self.sizes
         }
 
@@ -156,7 +159,18 @@ class DecodeBuckets:
     def plan(self, batch: PagedBatch) -> DecodeBucket:
         """Plan the bucket that fits, in place, on the current stream."""
         bucket = self.bucket(batch.num_sequences)
-        bucket.plan(pad_decode(batch, bucket.num_sequences, self._padding_block))
+        padded = pad_decode(batch, bucket.num_sequences, self._padding_block)
+        num_blocks = len(padded.block_ids)
+        if num_blocks > self._max_blocks:
+            raise ValueError(f"{num_blocks} blocks; the buckets hold {self._max_blocks}")
+        sizes = (bucket.num_sequences, bucket.num_sequences, num_blocks)
+        self._copied.synchronize()
+        used = buffer_size(*sizes)
+        host = views(self._pinned, *sizes)
+        fill(host, padded, self._block_size)
+        self._buffer[:used].copy_(self._pinned[:used], non_blocking=True)
+        bucket.plan(host)
+        self._copied.record()
         return bucket
 
 
@@ -164,52 +178,32 @@ class DecodeBucket:
     """The plan for one number of sequences: `kernels.base.PagedAttention` that is planned again in place."""
 
     def __init__(
-        self,
-        geometry: PagedGeometry,
-        workspace: torch.Tensor,
-        int_workspace: torch.Tensor,
-        buffer: torch.Tensor,
-        num_sequences: int,
-        max_blocks: int,
+        self, geometry: PagedGeometry, workspace: torch.Tensor, int_workspace: torch.Tensor, arrays: PagedArrays
     ) -> None:
-        self.num_sequences = num_sequences
+        self.num_sequences = len(arrays.lengths)
         self._geometry = geometry
-        self._buffer = buffer
-        self._max_blocks = max_blocks
-        self._copied = torch.cuda.Event()
-        self._arrays = views(buffer, num_sequences, num_sequences, max_blocks)
+        self._arrays = arrays
+        self._is_planned = False
         self._wrapper: Any = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             workspace,
             _LAYOUT,
             use_cuda_graph=True,
             use_tensor_cores=geometry.tensor_core_decode,
-            paged_kv_indptr_buffer=self._arrays.block_start,
-            paged_kv_indices_buffer=self._arrays.block_ids,
-            paged_kv_last_page_len_buffer=self._arrays.last_block_tokens,
+            paged_kv_indptr_buffer=arrays.block_start,
+            paged_kv_indices_buffer=arrays.block_ids,
+            paged_kv_last_page_len_buffer=arrays.last_block_tokens,
         )
         self._wrapper.reset_workspace_buffer(workspace, int_workspace)
-        self._is_planned = False
 
-    def plan(self, batch: PagedBatch) -> None:
-        """Plan a batch of exactly `num_sequences` decoding sequences."""
-        num_blocks = len(batch.block_ids)
-        if num_blocks > self._max_blocks:
-            raise ValueError(f"{num_blocks} blocks; the buckets hold {self._max_blocks}")
-        self._copied.synchronize()
-        sizes = (self.num_sequences, self.num_sequences, num_blocks)
-        pinned = torch.empty(buffer_size(*sizes), dtype=torch.int32, pin_memory=True)
-        host = views(pinned, *sizes)
-        fill(host, batch, self._geometry.block_size)
-        self._buffer[: len(pinned)].copy_(pinned, non_blocking=True)
-        self._plan_wrapper(host, self._arrays.block_ids[:num_blocks])
-        self._copied.record()
+    def plan(self, host: PagedArrays) -> None:
+        """Plan for pinned arrays of exactly `num_sequences` sequences that are on their way to the bucket's own.
 
-    def _plan_wrapper(self, host: PagedArrays, block_ids: torch.Tensor) -> None:
-        """The first plan loads the kernels; later ones, by FlashInfer's shorter way, only compute the split."""
+        The first plan loads the kernels; later ones, by FlashInfer's shorter way, only compute the split.
+        """
         geometry = self._geometry
         arguments = (
             host.block_start,
-            block_ids,
+            self._arrays.block_ids[: len(host.block_ids)],
             host.last_block_tokens,
             geometry.num_query_heads,
             geometry.num_kv_heads,
@@ -217,13 +211,13 @@ class DecodeBucket:
             geometry.block_size,
         )
         dtypes = {"q_data_type": geometry.dtype, "kv_data_type": geometry.dtype}
-        if not self._is_planned:
-            self._wrapper.plan(*arguments, **dtypes)
-            self._is_planned = True
-        else:
+        if self._is_planned:
             flashinfer.fast_decode_plan(
                 self._wrapper, *arguments, global_override_indptr_cpu=host.block_start, **dtypes
             )
+        else:
+            self._wrapper.plan(*arguments, **dtypes)
+            self._is_planned = True
 
     def append(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_N2KPD: torch.Tensor) -> None:
         _append(self._arrays, k_TKD, v_TKD, kv_N2KPD)
