@@ -110,6 +110,21 @@ def test_tokens_are_drawn_from_the_distribution_asked_for(params: dict[str, Any]
     assert_drawn_from(draws(logits, 20_000, **params), distribution(logits.numpy(), **params))
 
 
+def test_each_row_of_a_batch_has_its_own_limits() -> None:
+    limits = [{"top_k": 3}, {"top_k": 30, "top_p": 0.7}, {"min_p": 0.2}, {"top_p": 0.5}, {"temperature": 0.8}]
+    logits = random_logits(1, seed=4)[0]
+    count = 10_000
+    state = state_of(*(request(seed=seed, **params) for seed, params in enumerate(limits)))
+    batch = state.batch([rows(slot, index) for slot in range(len(limits)) for index in range(count)])
+    ids = state.sample(logits.expand(count * len(limits), -1), batch).view(len(limits), count)
+    for drawn, params in zip(ids, limits, strict=True):
+        assert_drawn_from(np.bincount(drawn.numpy(), minlength=V), distribution(logits.numpy(), **params))
+        few = state.batch([rows(limits.index(params), index) for index in range(50)])
+        assert torch.equal(state.sample(logits.expand(50, -1), few), drawn[:50])
+    pair = state.batch([rows(slot, index) for index in range(2_000) for slot in (0, 1)])
+    assert torch.equal(state.sample(logits.expand(4_000, -1), pair).view(-1, 2).T, ids[:2, :2_000])
+
+
 def test_the_first_token_of_many_seeds_is_drawn_from_the_distribution() -> None:
     logits = random_logits(1, seed=5)[0]
     state = state_of(*(request(seed=seed) for seed in range(5_000)))
