@@ -13,6 +13,7 @@ from tests.server.running import RunningServer
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPT: dict[str, Any] = {"prompt": "1, 2, "}
 HI: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+CONTINUED: dict[str, Any] = {"continue_final_message": True}
 
 BAD = [
     # path, body, status, param, pattern of the message
@@ -66,14 +67,14 @@ BAD = [
     (CHAT, {"messages": "hi"}, 400, "messages", "valid list"),
     (CHAT, {"messages": [{"content": "hi"}]}, 400, "messages", "messages.0.role is missing"),
     (CHAT, {"messages": [{"role": "robot", "content": "hi"}]}, 400, "messages", "messages.0.role"),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, "messages", "text"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages", "text"),
     (CHAT, HI | {"top_logprobs": 3}, 400, "top_logprobs", "needs logprobs"),
     (CHAT, HI | {"logprobs": True, "top_logprobs": 30}, 400, "top_logprobs", "0 to 20"),
     (CHAT, HI | {"logprobs": 3}, 400, "logprobs", "valid boolean"),
     (CHAT, HI | {"max_completion_tokens": 10**6}, 400, "max_tokens", "context of 512"),
     (CHAT, HI | {"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
     (CHAT, HI | {"response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
-    (CHAT, HI | {"continue_final_message": True, "add_generation_prompt": True}, 400, "continue_final_message", "exclude"),
+    (CHAT, HI | CONTINUED | {"add_generation_prompt": True}, 400, "continue_final_message", "exclude"),
     ("/tokenize", {}, 400, "prompt", "either prompt or messages"),
     ("/tokenize", {"prompt": "a", "messages": HI["messages"]}, 400, "prompt", "either prompt or messages"),
     ("/detokenize", {"tokens": [10**7]}, 400, "tokens", "token id 10000000"),

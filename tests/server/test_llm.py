@@ -99,7 +99,7 @@ def test_wrong_prompts_are_refused_before_anything_runs(llm: LLM) -> None:
     before = llm.stats().iterations_total
     with pytest.raises(RequestTooLongError, match="context is 256"):
         llm.generate(["fine", "7" * 300], GREEDY)
-    with pytest.raises(InvalidRequestError, match="at least one token|empty"):
+    with pytest.raises(InvalidRequestError, match="at least one token"):
         llm.generate([[]], GREEDY)
     assert llm.stats().iterations_total == before
 
@@ -108,9 +108,8 @@ async def test_the_async_engine_serves_many_at_once() -> None:
     async with await AsyncLLM.start(**OPTIONS) as llm:
 
         async def last(prompt: str) -> str:
-            async for output in llm.generate(prompt, GREEDY):
-                pass
-            return output.outputs[0].text
+            texts = [output.outputs[0].text async for output in llm.generate(prompt, GREEDY)]
+            return texts[-1]
 
         texts = await asyncio.gather(*(last(f"{number}, ") for number in (1, 1, 2)))
         assert texts[0] == texts[1]

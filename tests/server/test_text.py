@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,7 +57,7 @@ def test_a_stop_string_is_found_however_the_text_is_cut(
     borders = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     finder = StopStrings(stop, include=include)
     shown, found = "", None
-    for begin, end in zip(borders, borders[1:], strict=False):
+    for begin, end in itertools.pairwise(borders):
         piece, found = finder.add(text[begin:end])
         shown += piece
         if found is not None:
