@@ -10,7 +10,7 @@ std::vector<const Policy*> available_policies() {
     std::vector<const Policy*> result;
     for (const Policy* policy : {
 #if defined(__x86_64__)
-             &kAvx2Policy,
+             &kAmxPolicy, &kAvx512Policy, &kAvx2Policy,
 #endif
              &kPortablePolicy}) {
       if (policy->runs_here()) result.push_back(policy);

@@ -2,8 +2,6 @@
 #include <immintrin.h>
 
 #include "attention/kernel/dispatch.h"
-#include "attention/kernel/float_math.h"
-#include "attention/kernel/vector_tiles.h"
 #include "base/cpu.h"
 
 namespace neo {
@@ -95,27 +93,8 @@ struct Avx2 {
   }
 };
 
-template <int kDim>
-using TilesBF16 = VectorTiles<FloatMath<Avx2, BF16>, kDim>;
-template <int kDim>
-using TilesF16 = VectorTiles<FloatMath<Avx2, F16>, kDim>;
-template <int kDim>
-using TilesF32 = VectorTiles<FloatMath<Avx2, float>, kDim>;
-
-AttendFunction find(DType dtype, int head_dim) {
-  switch (dtype) {
-    case DType::kBF16:
-      return find_head_dim<TilesBF16>(head_dim);
-    case DType::kF16:
-      return find_head_dim<TilesF16>(head_dim);
-    case DType::kF32:
-      return find_head_dim<TilesF32>(head_dim);
-  }
-  return nullptr;
-}
-
 }  // namespace
 
-const Policy kAvx2Policy = {"avx2", cpu_has_avx2, find};
+const Policy kAvx2Policy = {"avx2", cpu_has_avx2, find_vector_tiles<Avx2>};
 
 }  // namespace neo

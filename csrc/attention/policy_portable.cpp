@@ -1,7 +1,5 @@
 // Standard vectors of the compiler, four floats wide: right on any machine.
 #include "attention/kernel/dispatch.h"
-#include "attention/kernel/float_math.h"
-#include "attention/kernel/vector_tiles.h"
 
 namespace neo {
 namespace {
@@ -70,29 +68,10 @@ struct FourFloats {
   }
 };
 
-template <int kDim>
-using TilesBF16 = VectorTiles<FloatMath<FourFloats, BF16>, kDim>;
-template <int kDim>
-using TilesF16 = VectorTiles<FloatMath<FourFloats, F16>, kDim>;
-template <int kDim>
-using TilesF32 = VectorTiles<FloatMath<FourFloats, float>, kDim>;
-
-AttendFunction find(DType dtype, int head_dim) {
-  switch (dtype) {
-    case DType::kBF16:
-      return find_head_dim<TilesBF16>(head_dim);
-    case DType::kF16:
-      return find_head_dim<TilesF16>(head_dim);
-    case DType::kF32:
-      return find_head_dim<TilesF32>(head_dim);
-  }
-  return nullptr;
-}
-
 bool runs_here() { return true; }
 
 }  // namespace
 
-const Policy kPortablePolicy = {"portable", runs_here, find};
+const Policy kPortablePolicy = {"portable", runs_here, find_vector_tiles<FourFloats>};
 
 }  // namespace neo

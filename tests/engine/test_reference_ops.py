@@ -135,3 +135,28 @@ def test_a_sequence_does_not_depend_on_the_others() -> None:
     alone = Sequences([30], [1], group=4, head_dim=64, block_size=16)
     # The same q, k and v by their seeds; other blocks.
     assert torch.equal(alone.run(torch.float32)[0], together[:1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_go_to_the_host_layout_and_back(dtype: torch.dtype) -> None:
+    L, K, P, D = 2, 3, 4, 8
+    kv = random(L, 6, 2, K, P, D, dtype=dtype)
+    host = torch.zeros(L, 5, 2 * K * P * D, dtype=dtype)
+    OPS.blocks_to_host(kv, torch.tensor([5, 0]), host, torch.tensor([1, 4]))
+    for source, target in ((5, 1), (0, 4)):
+        for head in range(K):
+            k_tile, v_tile = host[1, target].view(K, 2, P * D)[head]
+            assert torch.equal(k_tile.view(P, D), kv[1, source, 0, head])
+            for token in range(P):
+                # csrc/attention/attention.h: V of a 2-byte type is [P / 2][D][2].
+                v = (
+                    v_tile.view(P // 2, D, 2)[token // 2, :, token % 2]
+                    if dtype.itemsize == 2
+                    else v_tile.view(P, D)[token]
+                )
+                assert torch.equal(v, kv[1, source, 1, head, token])
+    assert not host[:, [0, 2, 3]].any()
+    back = torch.zeros_like(kv)
+    OPS.blocks_from_host(host, torch.tensor([4, 1]), back, torch.tensor([2, 3]))
+    assert torch.equal(back[:, [2, 3]], kv[:, [0, 5]])
+    assert not back[:, [0, 1, 4, 5]].any()

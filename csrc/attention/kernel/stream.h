@@ -12,6 +12,7 @@ constexpr int kCacheLine = 64;
 // How far ahead of its use the KV is asked for. Measured: docs/log.md.
 #ifndef NEO_PREFETCH_BYTES
 #define NEO_PREFETCH_BYTES 65536
+#define NEO_PREFETCH_LOCALITY 2
 #endif
 
 // The (block, kv head) tiles of a share, in the order of attention.
@@ -68,13 +69,13 @@ class Prefetch {
   // To be called where `kLines` lines of the current tile are read.
   template <int kLines>
   void step() {
-    for (int i = 0; i < kLines; ++i) __builtin_prefetch(next_ + i * kCacheLine, 0, 2);
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(next_ + i * kCacheLine, 0, NEO_PREFETCH_LOCALITY);
     next_ += kLines * kCacheLine;
   }
 
   // Asks for what a tile that is not full left out.
   void finish_tile() {
-    for (; next_ < stop_; next_ += kCacheLine) __builtin_prefetch(next_, 0, 2);
+    for (; next_ < stop_; next_ += kCacheLine) __builtin_prefetch(next_, 0, NEO_PREFETCH_LOCALITY);
   }
 
  private:

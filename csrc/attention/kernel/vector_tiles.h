@@ -10,24 +10,14 @@
 #pragma once
 
 #include "attention/kernel/attend.h"
+#include "attention/kernel/scratch.h"
 
 namespace neo {
 namespace {
 
-// Memory of a share's tiles, cut from its scratch.
-class Scratch {
- public:
-  explicit Scratch(void* memory) : next_(static_cast<char*>(memory)) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    T* result = reinterpret_cast<T*>(next_);
-    next_ += (count * sizeof(T) + kCacheLine - 1) / kCacheLine * kCacheLine;
-    return result;
-  }
-
- private:
-  char* next_;
+template <int kValue>
+struct Count {
+  static constexpr int value = kValue;
 };
 
 // The largest divisor of `n` that is at most `limit`.
@@ -109,11 +99,6 @@ class VectorTiles {
   static constexpr int kStep = Math::kStep;
   static constexpr int kSteps = (kDim + kStep - 1) / kStep;
   static constexpr int kQuerySize = kSteps * kStep;
-
-  template <int kValue>
-  struct Count {
-    static constexpr int value = kValue;
-  };
 
   // Heads share each load of K and V in runs of 4, 2 or 1. Only the first run over a tile reads it from memory.
   template <class Body>

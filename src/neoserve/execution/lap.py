@@ -98,8 +98,8 @@ class Lap:
         shop, inputs = self._shop, self._inputs
         indices = shop.device.upload(inputs.indices)
         num_decodes = inputs.num_rows - inputs.num_prefill_rows
-        prompt_ids, self._positions_T, self._decode_slots, self._sampling_rows_B = indices.split(
-            [inputs.num_prefill_rows, inputs.num_rows, num_decodes, len(inputs.sampling)]
+        prompt_ids, self._positions_T, self._decode_slots, self._sampling_rows_B = torch.split(
+            indices, [inputs.num_prefill_rows, inputs.num_rows, num_decodes, len(inputs.sampling)]
         )
         self._token_ids_T = torch.cat([prompt_ids, shop.last_ids_S[self._decode_slots]])
         self._plan_attention()

@@ -3,7 +3,7 @@
 Rounding follows transformers: norms and rope compute in float32, norms round to the model's dtype before the weight.
 
 Shape letters: T rows, t rows of one sequence, S its tokens in the KV, n its blocks, H query heads, K kv heads,
-D head dim, E model dim, F ffn dim, N blocks, P tokens per block.
+D head dim, E model dim, F ffn dim, L layers, N blocks, P tokens per block, X values of a block (or of its part).
 """
 
 from __future__ import annotations
@@ -41,6 +41,31 @@ class ReferenceOps(Ops):
 
     def plan_attention(self, batch: PagedBatch, *, decode: bool) -> PagedAttention:
         return ReferenceAttention(batch)
+
+    def blocks_to_host(
+        self, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor
+    ) -> None:
+        k_LNKPD, v_LNKPD = kv_LN2KPD.index_select(1, block_ids_N).unbind(2)
+        if _pairs_tokens(v_LNKPD):
+            v_LNKPD = torch.unflatten(v_LNKPD, 3, (-1, 2)).transpose(4, 5)
+        blocks_LNK2X = torch.stack((k_LNKPD.flatten(3), v_LNKPD.flatten(3)), dim=3)
+        host_LNX.index_copy_(1, host_block_ids_N, blocks_LNK2X.flatten(2))
+
+    def blocks_from_host(
+        self, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor
+    ) -> None:
+        num_kv_heads, block_size, head_dim = kv_LN2KPD.shape[3:]
+        blocks_LNK2X = torch.unflatten(host_LNX.index_select(1, host_block_ids_N), 2, (num_kv_heads, 2, -1))
+        k_LNKX, v_LNKX = blocks_LNK2X.unbind(3)
+        if _pairs_tokens(v_LNKX):
+            v_LNKX = torch.unflatten(v_LNKX, 3, (block_size // 2, head_dim, 2)).transpose(4, 5).flatten(3)
+        blocks_LN2KX = torch.stack((k_LNKX, v_LNKX), dim=2)
+        kv_LN2KPD.index_copy_(1, block_ids_N, torch.unflatten(blocks_LN2KX, 4, (block_size, head_dim)))
+
+
+def _pairs_tokens(v: torch.Tensor) -> bool:
+    """Whether the host pool interleaves the tokens of V in pairs: it does for types of 2 bytes."""
+    return v.dtype.itemsize == 2
 
 
 class ReferenceAttention:
