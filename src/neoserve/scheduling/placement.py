@@ -172,7 +172,7 @@ class Placement:
         """Nobody waits there, it stays safe, and nobody is expected to have to wait."""
         if self._paused[tier] or not self.kv.can_enter(tier, held, worst):
             return False
-        return self._fits_ahead(tier, held, worst, margin=1)
+        return self._fits_ahead(tier, held, worst, margin=int(self._both))
 
     def _fits_ahead(self, tier: Tier, held: int, worst: int, margin: int) -> bool:
         share = self._policy.expected_share
