@@ -108,7 +108,8 @@ class Machine:
         ended: list[SubBatch] = []
         for span in plan.spans:
             lap, step = self.in_flight[span.sub_batch]
-            assert span.first_step == step and span.has_host == bool(lap.host_decode)
+            assert span.first_step == step
+            assert span.has_host == bool(lap.host_decode)
             self.laps_with_host += span.has_host and step == 0
             self.in_flight[span.sub_batch] = (lap, span.stop_step)
             if span.stop_step == steps:
@@ -154,9 +155,9 @@ class Machine:
         for lap in plan.begins:
             tiers = [r.tier for r in lap.prefill]
             assert tiers == sorted(tiers, key=lambda tier: tier is Tier.HOST), "HOST prompts before DEVICE ones"
-            staging = [block for r in lap.prefill for block in r.staging_block_ids]
-            assert len(set(staging)) == len(staging) and all(b < self.settings.staging_blocks for b in staging)
-            assert not (lap.index == 1 and lap.prefill)
+        staging = [block for r in rows for block in r.staging_block_ids]
+        assert len(set(staging)) == len(staging), "two uses of a staging block"
+        assert all(block < self.settings.staging_blocks for block in staging)
         for r in rows:
             needed = self.settings.blocks_for(r.length)
             assert len(r.block_ids) == needed

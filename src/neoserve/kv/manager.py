@@ -130,15 +130,17 @@ class KVManager:
         """Whether a newcomer that holds `held` blocks now and at most `worst` later leaves the pool safe."""
         return self._ledgers[tier].is_safe_with(held, worst - held)
 
-    def fits_ahead(self, tier: Tier, held: int, worst: int, share: float) -> bool:
+    def fits_ahead(self, tier: Tier, held: int, worst: int, share: float, margin: int) -> bool:
         """Whether nobody will have to wait for a block if a newcomer enters, everyone grows at the same pace, and
         each leaves after `share` of its remaining need. Where this fails, a safe pool still works, but in turns.
+
+        margin: blocks to spare for each resident, as not all grow at the same moment.
         """
         ledger = self._ledgers[tier]
         residents = ledger.residents
         count = len(residents) + 1
         used = ledger.pool.num_blocks - ledger.pool.num_free + held
-        if used + share * (ledger.outstanding + worst - held) <= ledger.pool.num_blocks:
+        if used + share * (ledger.outstanding + worst - held) <= ledger.pool.num_blocks - margin * count:
             return True
         blocks = np.fromiter((r.held for r in residents), dtype=np.int64, count=count - 1)
         needs = np.fromiter((r.remaining for r in residents), dtype=np.float64, count=count - 1)
@@ -146,7 +148,7 @@ class KVManager:
         order = np.argsort(needs)
         blocks, needs = blocks[order], needs[order]
         # When the k-th leaves, it and those after it have each grown by its need.
-        demand = np.cumsum(blocks[::-1])[::-1] + needs * np.arange(count, 0, -1)
+        demand = np.cumsum(blocks[::-1])[::-1] + (needs + margin) * np.arange(count, 0, -1)
         return bool(demand.max() <= ledger.pool.num_blocks)
 
     def enter(self, tier: Tier, held: int, worst: int) -> Residence:

@@ -30,7 +30,9 @@ from neoserve.scheduling.outcome import Outcome
 from neoserve.scheduling.placement import Placement
 from neoserve.scheduling.policy import Policy
 from neoserve.scheduling.sequence import Sequence
-from neoserve.scheduling.split import Choice, Chunk, Splitter, Work
+from neoserve.scheduling.split import Choice, Chunk, Splitter, Work, deal
+
+Prefill = tuple[Sequence, Rows]
 
 
 class Scheduler:
@@ -245,12 +247,12 @@ class Scheduler:
         """Turn a choice into laps and their rows, and count them as done."""
         num_first, num_second = choice.num_host
         begins = []
-        prefill = self._prefill(choice.prefill_rows, prompts, chunks)
-        first = host[num_second : num_second + num_first]
-        if prefill or device or first:
-            begins.append(self._begin_lap(0, prefill, device, first))
-        if num_second:
-            self._host_lap = self._begin_lap(1, [], [], host[:num_second])
+        prefill = self._prefill(choice, prompts, chunks)
+        first, second = host[num_second : num_second + num_first], host[:num_second]
+        if prefill[0] or device or first:
+            begins.append(self._begin_lap(0, prefill[0], device, first))
+        if prefill[1] or second:
+            self._host_lap = self._begin_lap(1, prefill[1], [], second)
             begins.append(self._host_lap)
         advances = [(lap, self._num_steps) for lap in begins if lap.sub_batch.index == 0]
         if self._host_lap and choice.lap_steps:
@@ -260,24 +262,21 @@ class Scheduler:
             self._hold(self._host_lap)
         return plan
 
-    def _prefill(self, limit: int, prompts: list[Sequence], chunks: list[Chunk]) -> list[tuple[Sequence, Rows]]:
-        """The first `limit` rows of the chunks, those of DEVICE sequences first; staging blocks from 0 up."""
-        staged = 0
-        rows: dict[Tier, list[tuple[Sequence, Rows]]] = {Tier.DEVICE: [], Tier.HOST: []}
-        for sequence, chunk in zip(prompts, chunks, strict=True):
-            count = min(chunk.count, limit)
-            if count == 0:
-                break
-            limit -= count
+    def _prefill(self, choice: Choice, prompts: list[Sequence], chunks: list[Chunk]) -> list[list[Prefill]]:
+        """The prompts' rows in each sub-batch, those of DEVICE sequences first; no two share a staging block."""
+        num_staged = 0
+        rows: list[list[Prefill]] = [[], []]
+        for index, count, side in deal(chunks, choice.prefill_rows):
+            sequence, chunk = prompts[index], chunks[index]
             blocks = self._config.blocks_for(chunk.start + count) if chunk.tier is Tier.HOST else 0
-            staging_ids = tuple(range(staged, staged + blocks))
-            staged += blocks
-            rows[chunk.tier].append((sequence, sequence.prefill_rows(count, self._config.block_size, staging_ids)))
-        return rows[Tier.DEVICE] + rows[Tier.HOST]
+            staging_ids = tuple(range(num_staged, num_staged + blocks))
+            num_staged += blocks
+            rows[side].append((sequence, sequence.prefill_rows(count, self._config.block_size, staging_ids)))
+        for prefill in rows:
+            prefill.sort(key=lambda entry: entry[0].tier is Tier.HOST)
+        return rows
 
-    def _begin_lap(
-        self, index: int, prefill: list[tuple[Sequence, Rows]], device: list[Sequence], host: list[Sequence]
-    ) -> Lap:
+    def _begin_lap(self, index: int, prefill: list[Prefill], device: list[Sequence], host: list[Sequence]) -> Lap:
         block_size = self._config.block_size
         sub_batch = SubBatch(
             index,

@@ -52,28 +52,37 @@ class Work:
 class Choice:
     """What an iteration will do.
 
-    prefill_rows: how many of the chunks' rows. num_host: HOST sequences that begin a lap in each sub-batch; the
-    first num_host[1] of them go to sub-batch 1. lap_steps: steps that sub-batch 1 advances, begun now or earlier.
-    rate: worth over time, 1 where everything costs what it is worth.
+    prefill_rows: the most rows of the chunks that go to each sub-batch (`deal`). num_host: HOST sequences that begin
+    a lap in each; the first num_host[1] of them go to sub-batch 1. lap_steps: steps that sub-batch 1 advances, begun
+    now or earlier. rate: worth over time, 1 where everything costs what it is worth.
     """
 
-    prefill_rows: int
+    prefill_rows: tuple[int, int]
     num_host: tuple[int, int]
     lap_steps: int
     price: Price
     rate: float
 
 
-def prefill_load(chunks: Sequence[Chunk], limit: int) -> Load:
-    """The load of the first `limit` rows of the chunks."""
-    load = Load()
-    for chunk in chunks:
-        count = min(chunk.count, limit)
+def deal(chunks: Sequence[Chunk], limits: tuple[int, int]) -> Iterator[tuple[int, int, int]]:
+    """Which rows go where: (chunk, rows, sub-batch), each chunk to the sub-batch with more room, while any has some."""
+    room = list(limits)
+    for index, chunk in enumerate(chunks):
+        side = 0 if room[0] >= room[1] else 1
+        count = min(chunk.count, room[side])
         if count == 0:
-            break
-        load += Load.prefill(chunk.tier, chunk.start, count, chunk.samples and count == chunk.count)
-        limit -= count
-    return load
+            return
+        room[side] -= count
+        yield index, count, side
+
+
+def _prefill_loads(chunks: Sequence[Chunk], limits: tuple[int, int]) -> tuple[Load, Load]:
+    """The loads that `deal` gives the sub-batches."""
+    loads = [Load(), Load()]
+    for index, count, side in deal(chunks, limits):
+        chunk = chunks[index]
+        loads[side] += Load.prefill(chunk.tier, chunk.start, count, chunk.samples and count == chunk.count)
+    return loads[0], loads[1]
 
 
 class Splitter:
@@ -103,7 +112,7 @@ class Splitter:
         pricing = self._pricing(work)
         full = self._within_target(pricing, sum(chunk.count for chunk in work.chunks))
         if not (work.host_tokens or work.lap):
-            return pricing.price(full, 0, 0, 0)
+            return pricing.price((full, 0), 0, 0, 0)
         best = self._advance_lap(pricing, full) if work.lap else self._begin_lap(pricing, full)
         if self._target_ttft or best.lap_steps == 0 or full <= self._efficient_rows:
             return best
@@ -146,19 +155,22 @@ class Splitter:
         if self._target_us is None or not pricing.work.device.rows:
             return prefill_rows
         smallest = 16
-        while prefill_rows > smallest and pricing.price(prefill_rows, 0, 0, 0).price.total_us > self._target_us:
+        while prefill_rows > smallest and pricing.price((prefill_rows, 0), 0, 0, 0).price.total_us > self._target_us:
             prefill_rows = max(smallest, prefill_rows // 2)
         return prefill_rows
 
     def _begin_lap(self, pricing: _Pricing, prefill_rows: int) -> Choice:
         """Host rows wait for a lap: none of them, all beside the rest, split over both, or a lap over several."""
         num_host = len(pricing.work.host_tokens)
-        whole = self._best_split(pricing, prefill_rows)
+        whole = self._best_split(pricing, (prefill_rows, 0))
+        if len(pricing.work.chunks) > 1 and prefill_rows > self._efficient_rows:
+            half = -(-prefill_rows // 2)
+            whole = max(whole, self._best_split(pricing, (half, half)), key=_rate)
         if not pricing.work.device.rows:
             return whole
-        device_only = pricing.price(prefill_rows, 0, 0, 0)
+        device_only = pricing.price((prefill_rows, 0), 0, 0, 0)
         if pricing.work.must_run_host:
-            slowest = pricing.price(prefill_rows, 0, num_host, self._steps(self._policy.slowest_ratio, 0))
+            slowest = pricing.price((prefill_rows, 0), 0, num_host, self._steps(self._policy.slowest_ratio, 0))
             candidates = (whole, slowest, *self._ratio_candidates(pricing, prefill_rows))
             return min(candidates, key=lambda choice: self._lap_costs_us(choice, device_only))
         candidates = (whole, *self._ratio_candidates(pricing, prefill_rows))
@@ -169,21 +181,21 @@ class Splitter:
         """A host lap is in flight: how far does it get? At the least so far that it ends in time."""
         step = pricing.work.lap_step
         if not pricing.work.device.rows and not prefill_rows:
-            return pricing.price(0, 0, 0, self._num_steps - step)
-        slowest = pricing.price(prefill_rows, 0, 0, self._steps(self._policy.slowest_ratio, step))
+            return pricing.price((0, 0), 0, 0, self._num_steps - step)
+        slowest = pricing.price((prefill_rows, 0), 0, 0, self._steps(self._policy.slowest_ratio, step))
         candidates = (choice for choice in self._ratio_candidates(pricing, prefill_rows) if self._meets_target(choice))
         best = max(candidates, key=_rate, default=slowest)
         return best if best.rate > slowest.rate else slowest
 
-    def _best_split(self, pricing: _Pricing, prefill_rows: int) -> Choice:
+    def _best_split(self, pricing: _Pricing, prefill_rows: tuple[int, int]) -> Choice:
         """All host rows make a whole lap now, so many of them in sub-batch 1 that it takes the least time."""
         num_host = len(pricing.work.host_tokens)
 
         def split(num_second: int) -> Choice:
-            steps = self._num_steps if num_second else 0
+            steps = self._num_steps if num_second or prefill_rows[1] else 0
             return pricing.price(prefill_rows, num_host - num_second, num_second, steps)
 
-        leaves_first = not pricing.work.device.rows and not prefill_rows
+        leaves_first = not pricing.work.device.rows and not prefill_rows[0]
         largest = num_host - 1 if leaves_first else num_host
         best = min((split(n) for n in sorted({0, largest // 2, largest})), key=_total_us)
         step = largest // 4
@@ -203,7 +215,7 @@ class Splitter:
             steps = self._steps(ratio, work.lap_step)
             if steps not in tried:
                 tried.add(steps)
-                yield pricing.price(prefill_rows, 0, begin, steps)
+                yield pricing.price((prefill_rows, 0), 0, begin, steps)
 
     def _steps(self, ratio: int, step: int) -> int:
         """Steps of one part in `ratio` of a lap; the rest of it when less than half as much would be left."""
@@ -225,11 +237,12 @@ class Splitter:
     def _with_fewer_prompts(self, pricing: _Pricing, choice: Choice) -> Choice:
         """Take prompts out again, down to where the linear layers are still efficient, if that has the better rate:
         a long prefill leaves the worker pool idle and makes every decode wait."""
-        best, rows = choice, choice.prefill_rows
-        while rows > self._efficient_rows:
-            rows = max(self._efficient_rows, rows // 2)
-            fewer = pricing.price(rows, *choice.num_host, choice.lap_steps)
-            if fewer.rate <= best.rate * self._policy.min_gain:
+        best = choice
+        while sum(best.prefill_rows) > self._efficient_rows:
+            first, second = best.prefill_rows
+            limits = (-(-first // 2), -(-second // 2))
+            fewer = pricing.price(limits, *choice.num_host, choice.lap_steps)
+            if sum(limits) < self._efficient_rows or fewer.rate <= best.rate * self._policy.min_gain:
                 break
             best = fewer
         return best
@@ -248,26 +261,28 @@ class _Pricing:
         self._decode_us = decode_us
         self._prefill_row_us = prefill_row_us
         self._host_tokens = tuple(accumulate(work.host_tokens, initial=0))
-        self._prefill_loads: dict[int, Load] = {}
+        self._prefill: dict[tuple[int, int], tuple[Load, Load]] = {}
 
-    def price(self, prefill_rows: int, num_first: int, num_second: int, lap_steps: int) -> Choice:
+    def price(self, prefill_rows: tuple[int, int], num_first: int, num_second: int, lap_steps: int) -> Choice:
         """The candidate with this split; `lap_steps` of a lap in flight, or of one that begins with `num_second`."""
         work = self.work
-        first = work.device
-        if prefill_rows:
-            first += self._prefill_load(prefill_rows)
+        first, second = self._prefill_loads(prefill_rows)
+        first += work.device
         if num_first:
             first += self._host_load(num_second, num_second + num_first)
-        spans, loads = [], {}
+        if num_second:
+            second += self._host_load(0, num_second)
+        if work.lap:
+            second = work.lap
+        spans, loads, worth_us = [], {}, 0.0
         if first.rows:
             spans.append(Span(0, 0, self._num_steps, num_first > 0))
             loads[0] = first
-        worth_us = (work.device.rows + num_first) * self._decode_us + prefill_rows * self._prefill_row_us
+            worth_us += self._worth_us(first)
         if lap_steps:
-            second = work.lap or self._host_load(0, num_second)
-            spans.append(Span(1, work.lap_step, work.lap_step + lap_steps, True))
+            spans.append(Span(1, work.lap_step, work.lap_step + lap_steps, second.host_rows > 0))
             loads[1] = second
-            worth_us += second.rows * self._decode_us * lap_steps / self._num_steps
+            worth_us += self._worth_us(second) * lap_steps / self._num_steps
         price = self._cost.price(spans, loads)
         return Choice(prefill_rows, (num_first, num_second), lap_steps, price, worth_us / price.total_us)
 
@@ -275,12 +290,15 @@ class _Pricing:
         """The rate without any host rows; 0 if there is nothing else."""
         if not (self.work.device.rows or prefill_rows):
             return 0.0
-        return self.price(prefill_rows, 0, 0, 0).rate
+        return self.price((prefill_rows, 0), 0, 0, 0).rate
 
-    def _prefill_load(self, prefill_rows: int) -> Load:
-        if prefill_rows not in self._prefill_loads:
-            self._prefill_loads[prefill_rows] = prefill_load(self.work.chunks, prefill_rows)
-        return self._prefill_loads[prefill_rows]
+    def _worth_us(self, load: Load) -> float:
+        return (load.rows - load.prefill_rows) * self._decode_us + load.prefill_rows * self._prefill_row_us
+
+    def _prefill_loads(self, limits: tuple[int, int]) -> tuple[Load, Load]:
+        if limits not in self._prefill:
+            self._prefill[limits] = _prefill_loads(self.work.chunks, limits)
+        return self._prefill[limits]
 
     def _host_load(self, first: int, stop: int) -> Load:
         return Load.host_decode(stop - first, self._host_tokens[stop] - self._host_tokens[first])
