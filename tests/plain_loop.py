@@ -44,8 +44,7 @@ class PlainLoop:
             attn_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
             attention.run(q_THD, kv_N2KPD, attn_THD)
             x_TE, residual_TE = layer.after_attention(attn_THD, residual_TE)
-        assert residual_TE is not None
-        return decoder.head(x_TE, residual_TE)
+        return decoder.head(x_TE)
 
     def greedy(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
         """The `num_tokens` likeliest tokens after `prompt`, one at a time."""

@@ -175,7 +175,7 @@ class Lap:
         self._prompt_rows_logprobs()
         if not inputs.sampling:
             return
-        logits_BV = shop.model.head(self._x_TE, self._residual_TE, self._sampling_rows_B)
+        logits_BV = shop.model.head(self._x_TE, self._sampling_rows_B)
         batch = shop.sampling.batch(inputs.sampling)
         ids_B = shop.sampling.sample(logits_BV, batch)
         shop.last_ids_S[batch.slots_B] = ids_B
@@ -194,7 +194,7 @@ class Lap:
             if request.params.prompt_logprobs is not None and targets:
                 device = self._x_TE.device
                 row_ids = torch.arange(first_row, first_row + len(targets), device=device)
-                logits_TV = self._shop.model.head(self._x_TE, self._residual_TE, row_ids)
+                logits_TV = self._shop.model.head(self._x_TE, row_ids)
                 ids_T = torch.tensor(targets, device=device)
                 found = token_logprobs(logits_TV, ids_T, request.params.prompt_logprobs)
                 found = found.to_host(self._shop.device.download)
