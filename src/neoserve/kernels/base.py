@@ -56,6 +56,7 @@ class Heads:
     """What makes q, k and v of fused rows: H query heads, K kv heads, their norms if any, and rope.
 
     norms: weights [D] of the q heads' norm and of the k heads', `None` without. cache_PD: as of `Ops.rope`.
+    next_weight: of the linear layer that comes after attention, which a device may fetch ahead.
     """
 
     num_query_heads: int
@@ -63,12 +64,22 @@ class Heads:
     norms: tuple[torch.Tensor, torch.Tensor] | None
     norm_eps: float
     cache_PD: torch.Tensor
+    next_weight: torch.Tensor
 
     def split(self, qkv_TCD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Views q_THD, k_TKD and v_TKD of fused rows."""
         sizes = [self.num_query_heads, self.num_kv_heads, self.num_kv_heads]
         q_THD, k_TKD, v_TKD = torch.split(qkv_TCD, sizes, dim=-2)
         return q_THD, k_TKD, v_TKD
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """An RMS norm. next_weight: of the linear layer that reads its result, which a device may fetch ahead."""
+
+    weight_E: torch.Tensor
+    eps: float
+    next_weight: torch.Tensor
 
 
 class Ops(ABC):
@@ -102,15 +113,12 @@ class Ops(ABC):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         residual_TE: torch.Tensor,
-        norm_E: torch.Tensor,
-        eps: float,
+        norm: Norm,
     ) -> torch.Tensor:
         """residual += linear(x) in place; returns rms_norm(residual)."""
-        return self.add_rms_norm(functional.linear(x_TF, weight, bias), residual_TE, norm_E, eps)
+        return self.add_rms_norm(functional.linear(x_TF, weight, bias), residual_TE, norm.weight_E, norm.eps)
 
-    def linear_silu_and_mul(
-        self, x_TE: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
+    def linear_silu_and_mul(self, x_TE: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """silu_and_mul(linear(x))."""
         return self.silu_and_mul(functional.linear(x_TE, weight, bias))
 

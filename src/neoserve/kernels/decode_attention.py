@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from neoserve.kernels.dependent_launch import gdc_launch_dependents, wait_for_predecessor
+from neoserve.kernels.dependent_launch import launch_dependents, wait_for_predecessor
 
 _SMALLEST_CHUNK = 64
 
@@ -42,7 +42,7 @@ def _attend_chunks(  # type: ignore[no-untyped-def]
 ):
     """Program (kv head, chunk): softmax-weighted values [GROUP, D] of a chunk, and their log2 of the sum of weights."""
     if DEPENDENT:
-        gdc_launch_dependents()
+        launch_dependents()
         wait_for_predecessor()
     head = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -79,8 +79,8 @@ def _attend_chunks(  # type: ignore[no-untyped-def]
         inside = t < stop
         block = tl.load(table + t // P, mask=inside, other=0).to(tl.int64)
         k_rows = head_kv + block * kv_block_stride + (t % P) * D
-        k = tl.load(k_rows[None, :] + d[:, None], mask=inside[None, :], other=0.0)
-        v = tl.load(k_rows[:, None] + NUM_KV_HEADS * P * D + d[None, :], mask=inside[:, None], other=0.0)
+        k = tl.load(k_rows[None, :] + d[:, None], mask=inside[None, :], other=0.0, eviction_policy="evict_first")
+        v = tl.load(k_rows[:, None] + NUM_KV_HEADS * P * D + d[None, :], mask=inside[:, None], other=0.0, eviction_policy="evict_first")
         score = tl.where(inside[None, :], tl.dot(q, k) * scale, -float("inf"))
         new_top = tl.maximum(top, tl.max(score, axis=1))
         p = tl.exp2(score - new_top[:, None])
@@ -105,7 +105,7 @@ def _merge_chunks(  # type: ignore[no-untyped-def]
     DEPENDENT: tl.constexpr,
 ):
     if DEPENDENT:
-        gdc_launch_dependents()
+        launch_dependents()
         wait_for_predecessor()
     head = tl.program_id(0)
     sequence = tl.program_id(1)
