@@ -1,26 +1,35 @@
 """Decode attention over the paged KV, one new row a sequence, which is appended on the way.
 
-Sequences are cut into chunks of equal size (`Chunks`), so that programs have equal shares however lengths differ; a
-second kernel merges a sequence's chunks, in order.
+Sequences are cut into chunks of about equal size (`decode_plans`), so that programs have equal shares however lengths
+differ; a second kernel merges a sequence's chunks, in order.
 
 Shape letters: B sequences, H query heads, K kv heads, G = H / K, D head dim, N blocks, P tokens per block, W chunks.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import math
+
 import torch
 import triton
 import triton.language as tl
 
+from neoserve.kernels.decode_plans import DecodeArrays
 from neoserve.kernels.dependent_launch import launch_dependents, wait_for_predecessor
 
-_SMALLEST_CHUNK = 64
+_TILE = 64
+_WARPS = 2
+_STAGES = 4
+_MERGE_TILE = 16
+_SMALLEST_DOT = 16
+"""Rows of the smallest matrix product; smaller groups of query heads are filled up."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend_chunks(  # type: ignore[no-untyped-def]
-    qkv_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
     kv_ptr,
     block_ids_ptr,
     block_start_ptr,
@@ -29,7 +38,8 @@ def _attend_chunks(  # type: ignore[no-untyped-def]
     chunk_start_ptr,
     partial_ptr,
     weight_ptr,
-    qkv_row_stride,
+    q_row_stride,
+    k_row_stride,
     kv_block_stride,
     scale,
     NUM_KV_HEADS: tl.constexpr,
@@ -58,14 +68,14 @@ def _attend_chunks(  # type: ignore[no-untyped-def]
     g = tl.arange(0, GROUP_TILE)
     d = tl.arange(0, D)
     is_head = g[:, None] < GROUP
-    row = qkv_ptr + sequence * qkv_row_stride
-    q = tl.load(row + (head * GROUP + g[:, None]) * D + d[None, :], mask=is_head, other=0.0)
+    q_rows = q_ptr + sequence * q_row_stride + (head * GROUP + g[:, None]) * D
+    q = tl.load(q_rows + d[None, :], mask=is_head, other=0.0)
     top = tl.full((GROUP_TILE,), -float("inf"), dtype=tl.float32)
     weights = tl.zeros((GROUP_TILE,), dtype=tl.float32)
     values = tl.zeros((GROUP_TILE, D), dtype=tl.float32)
     if chunk == first_chunk:  # the first chunk takes the new token, and appends it
-        k_new = tl.load(row + (NUM_KV_HEADS * GROUP + head) * D + d)
-        v_new = tl.load(row + (NUM_KV_HEADS * (GROUP + 1) + head) * D + d)
+        k_new = tl.load(k_ptr + sequence * k_row_stride + head * D + d)
+        v_new = tl.load(v_ptr + sequence * k_row_stride + head * D + d)
         slot = kv_ptr + tl.load(table + newest // P).to(tl.int64) * kv_block_stride + (head * P + newest % P) * D + d
         tl.store(slot, k_new)
         tl.store(slot + NUM_KV_HEADS * P * D, v_new)
@@ -79,8 +89,9 @@ def _attend_chunks(  # type: ignore[no-untyped-def]
         inside = t < stop
         block = tl.load(table + t // P, mask=inside, other=0).to(tl.int64)
         k_rows = head_kv + block * kv_block_stride + (t % P) * D
+        v_rows = k_rows + NUM_KV_HEADS * P * D
         k = tl.load(k_rows[None, :] + d[:, None], mask=inside[None, :], other=0.0, eviction_policy="evict_first")
-        v = tl.load(k_rows[:, None] + NUM_KV_HEADS * P * D + d[None, :], mask=inside[:, None], other=0.0, eviction_policy="evict_first")
+        v = tl.load(v_rows[:, None] + d[None, :], mask=inside[:, None], other=0.0, eviction_policy="evict_first")
         score = tl.where(inside[None, :], tl.dot(q, k) * scale, -float("inf"))
         new_top = tl.maximum(top, tl.max(score, axis=1))
         p = tl.exp2(score - new_top[:, None])
@@ -132,52 +143,62 @@ def _merge_chunks(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + (sequence * num_heads + head) * D + d, (values / weights).to(out_ptr.dtype.element_ty))
 
 
-def chunk_arrays(lengths_B: np.ndarray, num_chunks: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32 `chunk_sequence_W`, the sequence of each of W = num_chunks chunks (-1: none), and `chunk_start_B1`.
-
-    A sequence of n cached tokens gets its share of the chunks, at least one and at most one for `_SMALLEST_CHUNK`
-    tokens. Raises ValueError when there are more sequences than chunks.
-    """
-    cached = np.maximum(lengths_B.astype(np.int64) - 1, 1)
-    spare = num_chunks - len(cached)
-    if spare < 0:
-        raise ValueError(f"{len(cached)} sequences; there are {num_chunks} chunks")
-    size = max(_SMALLEST_CHUNK, -(-int(cached.sum()) // max(spare, 1)))
-    counts = -(-cached // size) if spare else np.ones_like(cached)
-    chunk_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    chunk_sequence = np.full(num_chunks, -1, dtype=np.int32)
-    chunk_sequence[: chunk_start[-1]] = np.repeat(np.arange(len(cached), dtype=np.int32), counts)
-    return chunk_sequence, chunk_start
-
-
-def attend(
-    qkv_TCD: torch.Tensor,
+def attend_decode(
+    arrays: DecodeArrays,
+    q_BHD: torch.Tensor,
+    k_BKD: torch.Tensor,
+    v_BKD: torch.Tensor,
     kv_N2KPD: torch.Tensor,
-    block_ids: torch.Tensor,
-    block_start: torch.Tensor,
-    lengths: torch.Tensor,
-    chunk_sequence: torch.Tensor,
-    chunk_start: torch.Tensor,
-    out_THD: torch.Tensor,
+    out_BHD: torch.Tensor,
     *,
     dependent: bool,
-    tile: int = 64,
-    warps: int = 4,
-    stages: int = 3,
 ) -> None:
+    """Append each sequence's k and v at its last token's place, and attend, softmax scale D**-0.5.
+
+    q, k and v may be views of fused rows; their heads must be dense. P and D must be powers of two.
+    """
     num_kv_heads, block_size, head_dim = kv_N2KPD.shape[2:]
-    num_sequences, num_heads = out_THD.shape[:2]
+    num_sequences, num_heads = q_BHD.shape[:2]
     group = num_heads // num_kv_heads
-    num_chunks = chunk_sequence.numel()
-    partial = out_THD.new_empty((num_chunks, num_heads, head_dim), dtype=torch.float32)
-    weight = out_THD.new_empty((num_chunks, num_heads), dtype=torch.float32)
+    num_chunks = arrays.chunk_sequence.numel()
+    partial_WHD = torch.empty((num_chunks, num_heads, head_dim), dtype=torch.float32, device=q_BHD.device)
+    weight_WH = torch.empty((num_chunks, num_heads), dtype=torch.float32, device=q_BHD.device)
     _attend_chunks[(num_kv_heads, num_chunks)](
-        qkv_TCD, kv_N2KPD, block_ids, block_start, lengths, chunk_sequence, chunk_start, partial, weight,
-        qkv_TCD.stride(0), kv_N2KPD.stride(0), head_dim**-0.5 * 1.4426950408889634,
-        NUM_KV_HEADS=num_kv_heads, GROUP=group, GROUP_TILE=max(16, triton.next_power_of_2(group)),
-        P=block_size, D=head_dim, TILE=tile, DEPENDENT=dependent, num_warps=warps, num_stages=stages, launch_pdl=dependent,
-    )  # fmt: skip
+        q_BHD,
+        k_BKD,
+        v_BKD,
+        kv_N2KPD,
+        arrays.block_ids,
+        arrays.block_start,
+        arrays.lengths,
+        arrays.chunk_sequence,
+        arrays.chunk_start,
+        partial_WHD,
+        weight_WH,
+        q_BHD.stride(0),
+        k_BKD.stride(0),
+        kv_N2KPD.stride(0),
+        head_dim**-0.5 / math.log(2),
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        GROUP_TILE=max(_SMALLEST_DOT, triton.next_power_of_2(group)),
+        P=block_size,
+        D=head_dim,
+        TILE=_TILE,
+        DEPENDENT=dependent,
+        num_warps=_WARPS,
+        num_stages=_STAGES,
+        launch_pdl=dependent,
+    )
     _merge_chunks[(num_heads, num_sequences)](
-        partial, weight, chunk_start, out_THD, num_heads,
-        D=head_dim, TILE=16, DEPENDENT=dependent, num_warps=1, launch_pdl=dependent,
-    )  # fmt: skip
+        partial_WHD,
+        weight_WH,
+        arrays.chunk_start,
+        out_BHD,
+        num_heads,
+        D=head_dim,
+        TILE=_MERGE_TILE,
+        DEPENDENT=dependent,
+        num_warps=1,
+        launch_pdl=dependent,
+    )

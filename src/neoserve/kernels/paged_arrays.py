@@ -6,7 +6,7 @@ filled with a prefix. All values are int32. Letters: B sequences, T rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,12 +34,17 @@ class PagedArrays:
     block_ids: torch.Tensor
 
 
-def _spans(num_sequences: int, num_rows: int, num_blocks: int) -> Iterator[slice]:
+def aligned_spans(sizes: Iterable[int]) -> Iterator[slice]:
+    """Where arrays of these sizes lie in a buffer of int32."""
     start = 0
-    b, t = num_sequences, num_rows
-    for size in (b + 1, b + 1, b, b, t, t, num_blocks):
+    for size in sizes:
         yield slice(start, start + size)
         start += -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _spans(num_sequences: int, num_rows: int, num_blocks: int) -> Iterator[slice]:
+    b, t = num_sequences, num_rows
+    return aligned_spans((b + 1, b + 1, b, b, t, t, num_blocks))
 
 
 def buffer_size(num_sequences: int, num_rows: int, num_blocks: int) -> int:
