@@ -149,8 +149,8 @@ void bind_host_attention(nb::module_& module) {
       .def("__init__", &construct, "pool"_a, nb::kw_only(), "num_layers"_a, "num_blocks"_a, "num_query_heads"_a,
            "num_kv_heads"_a, "head_dim"_a, "block_size"_a, "dtype"_a, "kv_address"_a, "scale"_a,
            "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>())
-      .def("plan", &plan, "lengths"_a, "block_start"_a, "block_ids"_a, nb::kw_only(), "qkv_address"_a,
-           "out_address"_a, "lse_address"_a = 0, nb::keep_alive<0, 1>())
+      .def("plan", &plan, "lengths"_a, "block_start"_a, "block_ids"_a, nb::kw_only(), "qkv_address"_a, "out_address"_a,
+           "lse_address"_a = 0, nb::keep_alive<0, 1>())
       .def("arm", &arm, "lap"_a, "layer"_a, nb::kw_only(), "ready"_a, "ready_value"_a, "done"_a, "done_value"_a)
       .def("attend", &attend, "lap"_a, "layer"_a);
 }

@@ -40,8 +40,8 @@ void bind_memory(nb::module_& module) {
   });
 
   module.def(
-      "flag_read",
-      [](uintptr_t address) { return flag_at(address, "address").load(std::memory_order_acquire); }, "address"_a);
+      "flag_read", [](uintptr_t address) { return flag_at(address, "address").load(std::memory_order_acquire); },
+      "address"_a);
   module.def(
       "flag_raise", [](uintptr_t address, uint32_t value) { flag_raise(flag_at(address, "address"), value); },
       "address"_a, "value"_a);

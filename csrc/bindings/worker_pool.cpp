@@ -17,6 +17,10 @@ namespace {
 namespace nb = nanobind;
 using namespace nb::literals;
 
+void construct(WorkerPool* pool, const std::vector<int>& cpus, double spin_us, double nap_us, double deadline_s) {
+  new (pool) WorkerPool(cpus, {.spin_us = spin_us, .nap_us = nap_us, .deadline_s = deadline_s});
+}
+
 void inject_fault(WorkerPool& pool, const std::string& kind, int after_tasks, int worker) {
   const auto fault = kind == "throw"   ? Fault::kThrow
                      : kind == "die"   ? Fault::kDie
@@ -39,9 +43,10 @@ double measure_read_bandwidth(WorkerPool& pool, int64_t num_bytes, int repeats) 
 
 void bind_worker_pool(nb::module_& module) {
   const nb::call_guard<nb::gil_scoped_release> without_gil;
+  const WorkerPool::Options defaults;
   nb::class_<WorkerPool>(module, "WorkerPool")
-      .def(nb::init<std::vector<int>, double, double>(), "cpus"_a, nb::kw_only(), "spin_us"_a = 200.0,
-           "deadline_s"_a = 30.0, without_gil)
+      .def("__init__", &construct, "cpus"_a, nb::kw_only(), "spin_us"_a = defaults.spin_us,
+           "nap_us"_a = defaults.nap_us, "deadline_s"_a = defaults.deadline_s, without_gil)
       .def_prop_ro("num_workers", &WorkerPool::num_workers)
       .def("error", &WorkerPool::error)
       .def("clear_error", &WorkerPool::clear_error, without_gil)

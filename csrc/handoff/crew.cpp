@@ -2,6 +2,7 @@
 
 #include <sys/prctl.h>
 
+#include <sstream>
 #include <stdexcept>
 #include <utility>
 
@@ -11,17 +12,23 @@
 namespace neo {
 namespace {
 
-constexpr int64_t kStepNs = 200'000;  // between two looks, where nobody is in a hurry
-
+// A pause between two looks, where nobody is in a hurry.
 void nap() {
+  constexpr int64_t kNapNs = 200'000;
   const std::atomic<uint32_t> nobody_wakes{0};
-  futex_wait(nobody_wakes, 0, kStepNs);
+  futex_wait(nobody_wakes, 0, kNapNs);
+}
+
+// As in "30 s" or "0.25 s".
+std::string seconds_text(int64_t time_ns) {
+  std::ostringstream text;
+  text << static_cast<double>(time_ns) * 1e-9 << " s";
+  return text.str();
 }
 
 }  // namespace
 
-Crew::Crew(std::vector<int> cpus, int64_t spin_ns, int64_t deadline_ns)
-    : workers_(cpus.size()), spin_ns_(spin_ns), deadline_ns_(deadline_ns) {
+Crew::Crew(const std::vector<int>& cpus, const Times& times) : workers_(cpus.size()), times_(times) {
   for (size_t i = 0; i < cpus.size(); ++i) workers_[i].cpu = cpus[i];
 }
 
@@ -54,13 +61,12 @@ void Crew::lead() {
     if (stopping()) return;
     const auto next = queue.next();
     if (!next) {
-      armed_.wait_past(num_armed, spin_ns_);
+      armed_.wait_past(num_armed, times_.spin_ns);
       continue;
     }
     const bool is_ready =
-        next->ready.flag == nullptr || flag_wait(*next->ready.flag, next->ready.value, spin_ns_, [&] {
-          return stopping() || !queue.is_pending(next->ticket);
-        });
+        next->ready.flag == nullptr || flag_wait(*next->ready.flag, next->ready.value, times_.spin_ns, times_.nap_ns,
+                                                 [&] { return stopping() || !queue.is_pending(next->ticket); });
     const uint32_t num_finished = finished_.value();
     num_running_ = num_workers();  // before `begin`, after which the task counts as running
     task_ = queue.begin(next->ticket, is_ready, monotonic_ns());
@@ -70,13 +76,13 @@ void Crew::lead() {
     }
     begun_.advance();
     if (!run_share(0)) return;
-    finished_.wait_past(num_finished, spin_ns_);
+    finished_.wait_past(num_finished, times_.spin_ns);
   }
 }
 
 void Crew::follow(int worker, uint32_t num_begun) {
   while (true) {
-    begun_.wait_past(num_begun++, spin_ns_);
+    begun_.wait_past(num_begun++, times_.spin_ns);
     if (stopping() || !run_share(worker)) return;
   }
 }
@@ -118,13 +124,13 @@ void Crew::watch() {
     if (stopping()) break;
     const int64_t now_ns = monotonic_ns();
     const auto running = queue.running();
-    const int64_t left_ns = (running ? running->start_ns : now_ns) + deadline_ns_ - now_ns;
+    const int64_t left_ns = (running ? running->start_ns : now_ns) + times_.deadline_ns - now_ns;
     if (left_ns > 0) {
       stopped_.wait_past(num_stopped, 0, left_ns);
       continue;
     }
-    queue.fail(running->name + " was not done within " + std::to_string(static_cast<double>(deadline_ns_) * 1e-9) +
-                   " s of its ready flag; still at it: " + busy_workers(),
+    queue.fail(running->name + " was not done within " + seconds_text(times_.deadline_ns) +
+                   " of its ready flag; still at it: " + busy_workers(),
                running->ticket);
   }
   left_.advance();

@@ -17,7 +17,13 @@ namespace neo {
 
 class Crew {
  public:
-  Crew(std::vector<int> cpus, int64_t spin_ns, int64_t deadline_ns);
+  struct Times {
+    int64_t spin_ns;
+    int64_t nap_ns;
+    int64_t deadline_ns;
+  };
+
+  Crew(const std::vector<int>& cpus, const Times& times);
 
   // The body of worker `worker`'s thread: until `stop`, or until it dies. The first `num_begun` tasks are past.
   void work(int worker, uint32_t num_begun);
@@ -36,7 +42,7 @@ class Crew {
   bool is_alive(int worker) const { return workers_[static_cast<size_t>(worker)].alive; }
   void revive(int worker) { workers_[static_cast<size_t>(worker)].alive = true; }
   uint32_t num_begun() const { return begun_.value(); }
-  int64_t deadline_ns() const { return deadline_ns_; }
+  int64_t deadline_ns() const { return times_.deadline_ns; }
   // The workers that are still at the last task that was begun, as in "worker 3, 4".
   std::string busy_workers() const;
 
@@ -57,10 +63,9 @@ class Crew {
   bool stopping() const { return stopping_.load(std::memory_order_acquire); }
 
   std::vector<Worker> workers_;
-  const int64_t spin_ns_;
-  const int64_t deadline_ns_;
+  const Times times_;
   std::atomic<bool> stopping_{false};
-  const Task* task_ = nullptr;      // the task begun last; written by the leader before it advances `begun_`
+  const Task* task_ = nullptr;       // the task begun last; written by the leader before it advances `begun_`
   std::atomic<int> num_running_{0};  // workers that are not through with it
   Signal armed_;
   Signal begun_;

@@ -36,10 +36,9 @@ LapWork::LapWork(const LapShape& shape, int num_workers, const Policy& policy, s
 }
 
 void LapWork::run(int worker, int layer) {
-  lap_.attend(worker, {.kv = kv_ + static_cast<size_t>(layer) * layer_bytes_,
-                       .qkv = rows_.qkv,
-                       .out = rows_.out,
-                       .lse = rows_.lse});
+  lap_.attend(
+      worker,
+      {.kv = kv_ + static_cast<size_t>(layer) * layer_bytes_, .qkv = rows_.qkv, .out = rows_.out, .lse = rows_.lse});
 }
 
 void LapWork::finished(int layer, int64_t start_ns, int64_t end_ns) {

@@ -1,6 +1,7 @@
 #include "handoff/worker_pool.h"
 
 #include <cmath>
+#include <sstream>
 #include <stdexcept>
 #include <utility>
 
@@ -9,23 +10,26 @@
 namespace neo {
 namespace {
 
-constexpr double kLongestS = 1e6;
+// `value` seconds or microseconds as nanoseconds; throws for less than `least` or more than a million seconds.
+int64_t to_ns(const char* name, double value, double unit_ns, double least) {
+  constexpr double kLongestNs = 1e15;
+  if (value >= least && value * unit_ns <= kLongestNs) return std::llround(value * unit_ns);
+  std::ostringstream message;
+  message << name << " is " << value << "; expected " << least << " to " << kLongestNs / unit_ns;
+  throw std::invalid_argument(message.str());
+}
 
-std::shared_ptr<Crew> make_crew(std::vector<int> cpus, double spin_us, double deadline_s) {
+std::shared_ptr<Crew> make_crew(const std::vector<int>& cpus, const WorkerPool::Options& options) {
   check_cpus(cpus, "cpus");
-  if (!(spin_us >= 0 && spin_us <= kLongestS * 1e6)) {
-    throw std::invalid_argument("spin_us is " + std::to_string(spin_us) + "; expected 0 or more microseconds");
-  }
-  if (!(deadline_s > 0 && deadline_s <= kLongestS)) {
-    throw std::invalid_argument("deadline_s is " + std::to_string(deadline_s) + "; expected more than 0 seconds");
-  }
-  return std::make_shared<Crew>(std::move(cpus), std::llround(spin_us * 1e3), std::llround(deadline_s * 1e9));
+  return std::make_shared<Crew>(cpus, Crew::Times{.spin_ns = to_ns("spin_us", options.spin_us, 1e3, 0),
+                                                  .nap_ns = to_ns("nap_us", options.nap_us, 1e3, 1),
+                                                  .deadline_ns = to_ns("deadline_s", options.deadline_s, 1e9, 1e-3)});
 }
 
 }  // namespace
 
-WorkerPool::WorkerPool(std::vector<int> cpus, double spin_us, double deadline_s)
-    : crew_(make_crew(std::move(cpus), spin_us, deadline_s)), threads_(static_cast<size_t>(num_workers()) + 1) {
+WorkerPool::WorkerPool(const std::vector<int>& cpus, const Options& options)
+    : crew_(make_crew(cpus, options)), threads_(static_cast<size_t>(num_workers()) + 1) {
   for (int worker = 0; worker < num_workers(); ++worker) start_worker(worker);
   threads_.back() = std::thread([crew = crew_] { crew->watch(); });
   ++num_started_;
@@ -41,10 +45,10 @@ void WorkerPool::start_worker(int worker) {
 }
 
 void WorkerPool::run(std::shared_ptr<Work> work, int step) {
-  constexpr int64_t kSpinNs = 50'000;
+  constexpr int64_t kSpinNs = 50'000, kNapNs = 1'000'000;
   alignas(64) FlagWord done{0};
   arm({.work = std::move(work), .step = step, .ready = {}, .done = {&done, 1}});
-  flag_wait(done, 1, kSpinNs, [] { return false; });
+  flag_wait(done, 1, kSpinNs, kNapNs, [] { return false; });
   crew_->queue.release_finished();
   if (const auto message = error()) throw std::runtime_error(*message);
 }

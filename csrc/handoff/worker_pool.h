@@ -15,9 +15,14 @@ namespace neo {
 
 class WorkerPool {
  public:
-  // One worker pinned to each of `cpus`. Workers spin for `spin_us` when they wait, then sleep. `deadline_s` bounds a
-  // task from its ready flag to done. Throws std::invalid_argument with names and values.
-  WorkerPool(std::vector<int> cpus, double spin_us, double deadline_s);
+  struct Options {
+    double spin_us = 200;  // how long who waits spins before it sleeps
+    double nap_us = 30;    // how often a sleeper looks at an armed task's ready flag; raised by a device, it wakes none
+    double deadline_s = 30;  // the longest from a task's ready flag to done
+  };
+
+  // One worker pinned to each of `cpus`. Throws std::invalid_argument with names and values.
+  WorkerPool(const std::vector<int>& cpus, const Options& options);
   ~WorkerPool();
   WorkerPool(const WorkerPool&) = delete;
   WorkerPool& operator=(const WorkerPool&) = delete;
@@ -44,8 +49,8 @@ class WorkerPool {
  private:
   void start_worker(int worker);
 
-  std::shared_ptr<Crew> crew_;  // shared with its threads, which may outlive the pool when they are stuck
-  std::mutex control_mutex_;    // clear_error and close exclude each other
+  std::shared_ptr<Crew> crew_;        // shared with its threads, which may outlive the pool when they are stuck
+  std::mutex control_mutex_;          // clear_error and close exclude each other
   std::vector<std::thread> threads_;  // the workers', then the watchdog's
   uint32_t num_started_ = 0;
   bool closed_ = false;

@@ -15,9 +15,6 @@ namespace neo {
 
 using FlagWord = std::atomic<uint32_t>;
 
-// How long a nap between two looks at a flag lasts.
-inline constexpr int64_t kFlagNapNs = 30'000;
-
 // The flag at an address that came as a number; throws std::invalid_argument for null or one not 4-byte aligned.
 FlagWord& flag_at(uintptr_t address, const char* name);
 
@@ -31,15 +28,16 @@ inline void flag_raise(FlagWord& flag, uint32_t value) {
   futex_wake_all(flag);
 }
 
-// Waits until the flag is at least `value` or `abandoned()`: spins for `spin_ns`, then naps. Whether it was reached.
+// Waits until the flag is at least `value` or `abandoned()`: spins for `spin_ns`, then looks every
+// `nap_ns`. Whether it was reached.
 template <typename Abandoned>
-bool flag_wait(const FlagWord& flag, uint32_t value, int64_t spin_ns, Abandoned abandoned) {
+bool flag_wait(const FlagWord& flag, uint32_t value, int64_t spin_ns, int64_t nap_ns, Abandoned abandoned) {
   if (spin_until([&] { return flag_reached(flag, value) || abandoned(); }, spin_ns)) return flag_reached(flag, value);
   while (true) {
     const uint32_t seen = flag.load(std::memory_order_acquire);
     if (static_cast<int32_t>(seen - value) >= 0) return true;
     if (abandoned()) return false;
-    futex_wait(flag, seen, kFlagNapNs);
+    futex_wait(flag, seen, nap_ns);
   }
 }
 

@@ -137,8 +137,7 @@ std::vector<int> allowed_cpus(const std::vector<int>& allowed, const fs::path& r
   for (int cpu : allowed) {
     const fs::path topology = root / "sys/devices/system/cpu" / ("cpu" + std::to_string(cpu)) / "topology";
     const std::string core = first_line(topology / "core_id");
-    const int thread =
-        core.empty() ? 0 : threads_of_core[{first_line(topology / "physical_package_id"), core}]++;
+    const int thread = core.empty() ? 0 : threads_of_core[{first_line(topology / "physical_package_id"), core}]++;
     const auto node = nodes.find(cpu);
     order.emplace_back(thread, node == nodes.end() ? 0 : node->second, cpu);
   }

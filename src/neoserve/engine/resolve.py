@@ -32,7 +32,7 @@ def share_cpus(config: EngineConfig, device: Literal["cuda", "reference"], host_
     cpus = _native.allowed_cpus()
     if config.host_threads is not None and config.host_threads > len(cpus):
         raise ConfigError(
-            f"--host-threads is {config.host_threads}, but this process may use only {len(cpus)} CPUs; give at most that"
+            f"--host-threads is {config.host_threads}, but this process may use only {len(cpus)} CPUs; lower it"
         )
     if not host_tier:
         return Threads((), len(cpus))
