@@ -84,12 +84,12 @@ class Admission:
         and those that there are leave the worker pool time for one more."""
         device, host = _resident_load(running)
         head = len(next(iter(self.waiting.values())).prompt_token_ids)
-        prompt_rows = min(head, self._max_rows)
-        limit_us = self._splitter.host_lap_limit_us(device, prompt_rows)
+        limit_us = self._splitter.host_lap_limit_us(device)
         if iteration - self._judged_at >= _JUDGEMENT_AGE:
             self._judged_at = iteration
             future = self._future_host_load(host, limit_us)
             reference = self.reference(running)
+            prompt_rows = min(head, self._max_rows)
             self._host_would_pay = future.rows > 0 and self._splitter.pays(reference, device, future, prompt_rows)
         return self._host_would_pay and self._cost.host_lap_us(host + Load.host_decode(1, head)) <= limit_us
 

@@ -1,11 +1,12 @@
 """Which program an iteration runs: how its rows are split over the sub-batches, and how far each of them gets.
 
 Objective. Work is counted at what it would cost device-only: a decode token is worth its share of a decode-only lap
-of as many sequences as the device pool holds, a prefill row what a row costs among very many. A candidate's *rate* is the worth of what it gets
-done (a host lap that gets a quarter of its way counts a quarter) over its predicted time. Prefill rows count,
-because a prompt must be computed anyway, on whichever tier it ends up; host rows count as much as device rows,
-because a client does not care where its token came from. With the same device rows and prompts, a candidate beats
-device-only exactly if its host rows cost less extra time than device-only would need for as many tokens.
+of as many sequences as the device pool holds, a prefill row what a row costs among very many. A candidate's *rate*
+is the worth of what it gets done (a host lap that gets a quarter of its way counts a quarter) over its predicted
+time. Prefill rows count, because a prompt must be computed anyway, on whichever tier it ends up; host rows count as
+much as device rows, because a client does not care where its token came from. With the same device rows and prompts,
+a candidate beats device-only exactly if its host rows cost less extra time than device-only would need for as many
+tokens.
 """
 
 from __future__ import annotations
@@ -131,13 +132,11 @@ class Splitter:
                 return True
         return False
 
-    def host_lap_limit_us(self, device: Load, prompt_rows: int) -> float:
+    def host_lap_limit_us(self, device: Load) -> float:
         """How long the worker pool may take for a lap of all host sequences, for them to keep their interval."""
         if self._target_us is not None:
             return self._target_us
-        prompt_us = self._device_lap_us(device + Load.prefill(Tier.DEVICE, 0, prompt_rows, samples=True))
-        several_us = self._policy.max_ratio * self._device_lap_us(device)
-        return self._policy.host_stretch * max(several_us, prompt_us)
+        return self._policy.host_stretch * self._policy.max_ratio * self._device_lap_us(device)
 
     def _pricing(self, work: Work) -> _Pricing:
         decode_us = self._device_lap_us(work.reference) / max(1, work.reference.rows)
@@ -204,18 +203,22 @@ class Splitter:
     def _best_ratio(self, pricing: _Pricing, prefill_rows: int) -> Choice | None:
         """The host lap advanced by one part in r, for the r with the best rate that meets the target.
 
-        The rate rises with r while the device waits for the host, and falls once the host waits for the device.
+        The rate rises with r while the device waits for the host, and falls once the host waits for the device, or
+        rises on if host rows do not pay; so only those r are priced that are near to where neither waits, and the
+        largest.
         """
         work = pricing.work
         begin = 0 if work.lap else len(work.host_tokens)
-        best: Choice | None = None
-        for ratio in self._ratios:
-            choice = pricing.price((prefill_rows, 0), 0, begin, self._steps(ratio, work.lap_step))
-            if not self._meets_target(choice):
+        whole = pricing.price((prefill_rows, 0), 0, begin, self._steps(1, work.lap_step))
+        best = whole if self._meets_target(whole) else None
+        device_us = max(1.0, whole.price.device_us)
+        for ratio in self._ratios[1:]:
+            is_near = 0.4 < ratio * device_us / whole.price.host_us < 3.0
+            if not is_near and self._target_us is None and ratio != self._ratios[-1]:
                 continue
-            if best is not None and choice.rate < best.rate:
-                break
-            best = choice
+            choice = pricing.price((prefill_rows, 0), 0, begin, self._steps(ratio, work.lap_step))
+            if self._meets_target(choice) and (best is None or choice.rate > best.rate):
+                best = choice
         return best
 
     def _steps(self, ratio: int, step: int) -> int:
