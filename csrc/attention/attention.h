@@ -53,7 +53,7 @@ struct Item {
   int32_t partial;
 };
 
-class Policy;  // one instruction set's tiles; chosen by name from a priority list (policy.h)
+struct Policy;  // one instruction set's tiles; chosen by name from a priority list (policy.h)
 
 // The host rows of one lap: copied, checked and split over threads once, attended once a layer.
 class Lap {

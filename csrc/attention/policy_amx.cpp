@@ -1,0 +1,34 @@
+// AMX for bf16 where enough heads share a load; AVX-512 for the rest.
+#include "attention/kernel/amx_tiles.h"
+#include "attention/kernel/avx512.h"
+#include "attention/kernel/dispatch.h"
+#include "base/cpu.h"
+
+namespace neo {
+namespace {
+
+// With fewer heads the vectors keep up with the memory, and a tile would be mostly empty.
+#ifndef NEO_AMX_SMALLEST_GROUP
+#define NEO_AMX_SMALLEST_GROUP 3
+#endif
+
+template <int kDim>
+void attend_bf16(const Share& share) {
+  const Geometry& g = share.lap->geometry;
+  if (g.num_query_heads / g.num_kv_heads < NEO_AMX_SMALLEST_GROUP) {
+    attend<VectorTiles<BF16DotMath, kDim>>(share);
+  } else {
+    attend<AmxTiles<kDim>>(share);
+  }
+}
+
+AttendFunction find(DType dtype, int head_dim) {
+  if (dtype != DType::kBF16) return find_vector_tiles<Avx512>(dtype, head_dim);
+  return find_head_dim(head_dim, [](auto dim) -> AttendFunction { return attend_bf16<dim.value>; });
+}
+
+}  // namespace
+
+const Policy kAmxPolicy = {"amx", cpu_has_amx, find};
+
+}  // namespace neo

@@ -1,0 +1,39 @@
+// What crosses from the lap into the files of one instruction set: plain data only. Those files are compiled with flags
+// that the machine may not support, so nothing here has an inline function of which the linker could keep their copy.
+#pragma once
+
+#include "attention/attention.h"
+
+namespace neo {
+
+// One thread's items of one layer, in the order in which it attends them.
+struct Share {
+  const LapShape* lap;
+  const LayerMemory* memory;
+  const Item* items;
+  int32_t num_items;
+  float* partials;  // slots of partial_floats() each; see Item::partial
+  void* scratch;    // scratch_bytes() for this thread alone, aligned to 64 bytes
+};
+
+using AttendFunction = void (*)(const Share&);
+
+struct Policy {
+  const char* name;
+  bool (*runs_here)();
+  AttendFunction (*find)(DType dtype, int head_dim);  // null for a head dim that is not supported
+};
+
+extern const Policy kPortablePolicy;
+#if defined(__x86_64__)
+extern const Policy kAvx2Policy;
+extern const Policy kAvx512Policy;
+extern const Policy kAmxPolicy;
+#endif
+
+// A partial result, all float: [group][head_dim] weighted sums of V, [group] maxima of the scores in log2 units,
+// [group] sums of the weights relative to that maximum.
+int64_t partial_floats(const Geometry& geometry);
+int64_t scratch_bytes(const Geometry& geometry);
+
+}  // namespace neo

@@ -1,0 +1,91 @@
+#include "attention/split.h"
+
+#include <algorithm>
+#include <cstdlib>
+
+namespace neo {
+
+namespace {
+
+// A cut costs two threads the start and the end of an item and one of them a merge: about what reading this takes.
+constexpr int64_t kCutCostBytes = 16 * 1024;
+
+int64_t bytes_per_token(const Geometry& g) { return 2 * g.head_dim * (g.dtype == DType::kF32 ? 4 : 2); }
+
+// Walks the (row, kv head) pairs of a lap in order, with their place in one long line of tokens.
+class Pairs {
+ public:
+  explicit Pairs(const LapShape& shape) : shape_(shape) {}
+
+  bool done() const { return row_ == shape_.num_rows; }
+  int32_t row() const { return row_; }
+  int32_t kv_head() const { return kv_head_; }
+  int64_t begin() const { return begin_; }
+  int64_t end() const { return begin_ + shape_.lengths[row_]; }
+
+  void next() {
+    begin_ = end();
+    if (++kv_head_ == shape_.geometry.num_kv_heads) {
+      kv_head_ = 0;
+      ++row_;
+    }
+  }
+
+ private:
+  const LapShape& shape_;
+  int32_t row_ = 0;
+  int32_t kv_head_ = 0;
+  int64_t begin_ = 0;
+};
+
+// Where each thread's share ends, in the line of tokens.
+std::vector<int64_t> share_ends(const LapShape& shape, int num_threads) {
+  int64_t total = 0;
+  for (int b = 0; b < shape.num_rows; ++b)
+    total += static_cast<int64_t>(shape.lengths[b]) * shape.geometry.num_kv_heads;
+  const int64_t tolerance = std::max(kCutCostBytes / bytes_per_token(shape.geometry), total / num_threads / 100);
+  std::vector<int64_t> ends;
+  Pairs pairs(shape);
+  for (int thread = 1; thread < num_threads && total > 0; ++thread) {
+    const int64_t even = total * thread / num_threads;
+    while (pairs.end() <= even) pairs.next();
+    const int64_t before = even - pairs.begin(), after = pairs.end() - even;
+    if (std::min(before, after) <= tolerance) {
+      ends.push_back(before < after ? pairs.begin() : pairs.end());
+    } else {
+      ends.push_back(even - before % shape.geometry.block_size);
+    }
+  }
+  ends.resize(num_threads, total);
+  return ends;
+}
+
+}  // namespace
+
+Split split_lap(const LapShape& shape, int num_threads) {
+  const std::vector<int64_t> ends = share_ends(shape, num_threads);
+  Split split;
+  split.thread_start.push_back(0);
+  Pairs pairs(shape);
+  int64_t position = 0;
+  for (const int64_t end : ends) {
+    while (position < end) {
+      const int64_t stop = std::min(end, pairs.end());
+      Item item{pairs.row(), pairs.kv_head(), static_cast<int32_t>(position - pairs.begin()),
+                static_cast<int32_t>(stop - pairs.begin()), -1};
+      if (item.first_token > 0 || stop < pairs.end()) {
+        item.partial = static_cast<int32_t>(split.cut_of_slot.size());
+        if (item.first_token == 0) split.cuts.push_back({item.row, item.kv_head, item.partial, 0});
+        split.cuts.back().num_slots++;
+        split.cut_of_slot.push_back(static_cast<int32_t>(split.cuts.size()) - 1);
+      }
+      split.items.push_back(item);
+      position = stop;
+      if (stop == pairs.end()) pairs.next();
+    }
+    split.thread_start.push_back(static_cast<int32_t>(split.items.size()));
+  }
+  return split;
+}
+
+}  // namespace neo

@@ -1,0 +1,10 @@
+// What this processor and operating system let us execute.
+#pragma once
+
+namespace neo {
+
+bool cpu_has_avx2();    // AVX2, FMA and F16C
+bool cpu_has_avx512();  // F, BW, DQ, VL and the bf16 dot product
+bool cpu_has_amx();     // the above, AMX bf16, and the kernel's permission to use it, which this asks for
+
+}  // namespace neo
