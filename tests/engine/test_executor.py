@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,14 +72,19 @@ class Script:
         slot = "ab".index(name)
         staged = token_ids is not None and self.tiers[name] is Tier.HOST
         staging = tuple(range(slot * BLOCKS_EACH, (slot + 1) * BLOCKS_EACH)) if staged else ()
-        first = self.first_block[name]
+        blocks = self.blocks(name, self.length[name] + count)
         rows = Rows(
-            name, slot, self.tiers[name], self.length[name], count, token_ids, tuple(range(first, first + BLOCKS_EACH)),
-            staging, samples=self.length[name] + count >= len(PROMPT), num_generated=self.generated[name],
+            name, slot, self.tiers[name], self.length[name], count, token_ids, blocks, staging[: len(blocks)],
+            samples=self.length[name] + count >= len(PROMPT), num_generated=self.generated[name],
         )  # fmt: skip
         self.length[name] += count
         self.generated[name] += rows.samples
         return rows
+
+    def blocks(self, name: str, length: int) -> np.ndarray:
+        """The block table of a sequence of `length` tokens."""
+        first = self.first_block[name]
+        return np.arange(first, first - (-length // 16), dtype=np.int32)
 
     def lap(self, index: int, *rows: Rows) -> SubBatch:
         """A lap of the rows."""
@@ -123,9 +129,9 @@ class Script:
 
     def migrate(self, name: str) -> Migration:
         """Move a sequence to fresh blocks of the other tier."""
-        old = tuple(range(self.first_block[name], self.first_block[name] + BLOCKS_EACH))
+        old = self.blocks(name, self.length[name])
         self.first_block[name] = (self.first_block[name] + 2 * BLOCKS_EACH) % (4 * BLOCKS_EACH)
-        new = tuple(range(self.first_block[name], self.first_block[name] + BLOCKS_EACH))
+        new = self.blocks(name, self.length[name])
         source = self.tiers[name]
         self.tiers[name] = Tier.HOST if source is Tier.DEVICE else Tier.DEVICE
         return Migration(name, source, old, new, self.length[name])

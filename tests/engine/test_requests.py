@@ -28,7 +28,7 @@ def test_a_request_that_fits_nowhere_is_refused_at_once(tiny: Tiny) -> None:
     with engine(tiny.path, offload="off", device_kv_tokens=64) as core:
         params = SamplingParams(max_tokens=40)
         with pytest.raises(RequestTooLongError, match="64"):
-            core.add(request(core, "long", list(range(3, 60)), params))
+            core.add(request(core, "long", list(range(3, 80)), params))
         assert not core.has_work
 
 

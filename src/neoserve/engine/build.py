@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from neoserve import _native
-from neoserve.core.config import DType, EngineConfig
+from neoserve.core.config import DType, EngineConfig, ModelShape
 from neoserve.core.errors import ConfigError
 from neoserve.device.base import Device
 from neoserve.engine.calibrate import cost_table
@@ -41,7 +41,7 @@ def build(config: EngineConfig, progress: Callable[[str], None]) -> Built:
     kind = choose_device(config)
     dtype = choose_dtype(config, spec.dtype, kind)
     threads = share_cpus(config, kind, host_tier=config.offload != "off")
-    device = make_device(kind, threads.num_compute)
+    device = make_device(kind, spec.shape, dtype, config.block_size, threads.num_compute)
     progress(f"loading weights ({dtype}) to {device.name}")
     torch_dtype: torch.dtype = getattr(torch, dtype)
     if checkpoint.path is None or config.load_format == "dummy":
@@ -89,15 +89,22 @@ def choose_dtype(config: EngineConfig, stored: DType, device: str) -> DType:
     names: dict[str, DType] = {"auto": stored, "float": "float32", "half": "float16"}
     for name in ("float32", "bfloat16", "float16"):
         names[name] = name
-    return names[config.dtype]
+    chosen = names[config.dtype]
+    if device == "cuda":
+        from neoserve.device.cuda import usable_dtype
+
+        return usable_dtype(chosen)
+    return chosen
 
 
-def make_device(kind: Literal["cuda", "reference"], num_threads: int) -> Device:
+def make_device(
+    kind: Literal["cuda", "reference"], shape: ModelShape, dtype: DType, block_size: int, num_threads: int
+) -> Device:
     """The device itself; the modules of a GPU are imported only where one is used."""
     if kind == "cuda":
         from neoserve.device.cuda import CudaDevice
 
-        return CudaDevice()
+        return CudaDevice(shape, dtype, block_size)
     from neoserve.device.reference import ReferenceDevice
 
     return ReferenceDevice(num_threads)

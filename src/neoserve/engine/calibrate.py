@@ -241,7 +241,9 @@ class Calibration:
             return self._rough.handoff_us
         handoff = self._executor.handoffs[0]
         rows = tuple(
-            Rows(str(row), row, Tier.HOST, 0, 1, None, (row % config.host_blocks,), (), True, 1)
+            Rows(
+                str(row), row, Tier.HOST, 0, 1, None, np.array([row % config.host_blocks], dtype=np.int32), (), True, 1
+            )
             for row in range(num_rows)
         )
         qkv_TCD = self._random(num_rows, shape.num_query_heads + 2 * shape.num_kv_heads, shape.head_dim)

@@ -17,7 +17,6 @@ from neoserve.core.plan import IterationPlan, IterationResult
 from neoserve.core.request import Request, TokenEvent
 from neoserve.core.stats import EngineInfo, EngineStats
 from neoserve.engine.build import build
-from neoserve.engine.telemetry import Telemetry
 from neoserve.execution.executor import Launched
 
 PIPELINE_DEPTH = 2
@@ -36,7 +35,6 @@ class EngineCore:
         self._executor = built.executor
         self._scheduler = built.scheduler
         self._in_flight: deque[Launched] = deque()
-        self._telemetry = Telemetry()
         self.info = EngineInfo(
             config=built.executor.config,
             checkpoint_path=built.checkpoint_path,
@@ -65,6 +63,7 @@ class EngineCore:
     def abort(self, request_id: str) -> None:
         """End a request; its blocks are free at once, or when its laps in flight are done. Unknown ids are ignored."""
         self._scheduler.abort(request_id)
+        self._executor.remove(request_id)
 
     def step(self) -> list[TokenEvent]:
         """Launch what can be launched, then commit the oldest iteration in flight if the pipeline is full."""
@@ -90,7 +89,6 @@ class EngineCore:
 
     def _commit(self, plan: IterationPlan, result: IterationResult) -> list[TokenEvent]:
         events = self._scheduler.commit(plan, result)
-        self._telemetry.record(plan, result, events)
         for event in events:
             if event.finish_reason is not None:
                 self._executor.remove(event.request_id)
@@ -98,7 +96,7 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """Counters and gauges as they are now."""
-        return self._telemetry.stats(self._scheduler)
+        return self._scheduler.stats()
 
     def check_integrity(self) -> None:
         """Assert that no block and no request is lost; call it when nothing is in flight."""

@@ -137,17 +137,17 @@ class StopStrings:
         self._held = ""
 
     def add(self, text: str) -> tuple[str, str | None]:
-        """Text that may be shown, and the stop string that was found, if any; nothing follows it then."""
+        """Text that may be shown, and the stop string that was found, if any; nothing follows it then.
+
+        The one that ends first counts, the longest of those: whatever pieces the text comes in, it is the same one.
+        """
         text = self._held + text
-        found = min(
-            ((at, stop) for stop in self._stop if (at := text.find(stop)) >= 0),
-            key=lambda hit: (hit[0], -len(hit[1])),
-            default=None,
-        )
+        hits = ((at + len(stop), -len(stop), stop) for stop in self._stop if (at := text.find(stop)) >= 0)
+        found = min(hits, default=None)
         if found is not None:
-            at, stop = found
+            end, _, stop = found
             self._held = ""
-            return text[: at + len(stop) if self._include else at], stop
+            return text[: end if self._include else end - len(stop)], stop
         num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held], None

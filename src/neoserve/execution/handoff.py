@@ -16,7 +16,6 @@ from neoserve import _native
 from neoserve.core.config import ResolvedConfig
 from neoserve.core.plan import Rows
 from neoserve.device.base import Device, Exchange, Flag, Transfer
-from neoserve.execution.kv_store import flatten
 
 FLAG_WORDS = 64
 """32-bit words between two flags: far enough that no two share a cache line or its prefetched neighbour."""
@@ -48,7 +47,7 @@ class HandOff:
         return self._attention.plan(
             np.array([r.length for r in rows], dtype=np.int32),
             np.cumsum([0, *map(len, tables)], dtype=np.int32),
-            flatten(tables),
+            np.concatenate(tables),
             qkv_address=self._qkv_TCD.data_ptr(),
             out_address=self._out_THD.data_ptr(),
         )

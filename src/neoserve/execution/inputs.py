@@ -12,7 +12,6 @@ import numpy as np
 
 from neoserve.core.plan import Rows, SubBatch, Tier
 from neoserve.device.base import PagedBatch
-from neoserve.execution.kv_store import flatten
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +45,13 @@ class LapInputs:
     sampling: tuple[Rows, ...]
 
 
-def _paged(rows: Sequence[Rows], tables: Sequence[Sequence[int]], first_row: int) -> tuple[slice, PagedBatch] | None:
+def _paged(rows: Sequence[Rows], tables: Sequence[np.ndarray], first_row: int) -> tuple[slice, PagedBatch] | None:
     if not rows:
         return None
     batch = PagedBatch(
         row_start=np.cumsum([0, *(r.count for r in rows)], dtype=np.int32),
         block_start=np.cumsum([0, *map(len, tables)], dtype=np.int32),
-        block_ids=flatten(tables),
+        block_ids=np.concatenate(tables),
         lengths=np.array([r.length for r in rows], dtype=np.int32),
     )
     return slice(first_row, first_row + batch.num_rows), batch
@@ -61,16 +60,15 @@ def _paged(rows: Sequence[Rows], tables: Sequence[Sequence[int]], first_row: int
 def _staging_copies(rows: Sequence[Rows], block_size: int) -> StagingCopies | None:
     if not rows:
         return None
-    load: list[tuple[int, int]] = []
-    store: list[tuple[int, int]] = []
-    for r in rows:
-        pairs = list(zip(r.block_ids, r.staging_block_ids, strict=False))
-        load += pairs[: -(-r.start // block_size)]
-        store += pairs[r.start // block_size : -(-r.length // block_size)]
-    load_ids = np.array(load, dtype=np.int64).reshape(-1, 2)
-    store_ids = np.array(store, dtype=np.int64).reshape(-1, 2)
-    columns = (load_ids[:, 0], load_ids[:, 1], store_ids[:, 0], store_ids[:, 1])
-    return StagingCopies(*(np.ascontiguousarray(column) for column in columns))
+    kept = [slice(0, -(-r.start // block_size)) for r in rows]
+    written = [slice(r.start // block_size, None) for r in rows]
+    host = [np.asarray(r.block_ids, dtype=np.int64) for r in rows]
+    staging = [np.asarray(r.staging_block_ids, dtype=np.int64) for r in rows]
+
+    def part(tables: Sequence[np.ndarray], slices: Sequence[slice]) -> np.ndarray:
+        return np.concatenate([table[which] for table, which in zip(tables, slices, strict=True)])
+
+    return StagingCopies(part(host, kept), part(staging, kept), part(host, written), part(staging, written))
 
 
 def lap_inputs(sub_batch: SubBatch, block_size: int) -> LapInputs:
@@ -101,7 +99,7 @@ def lap_inputs(sub_batch: SubBatch, block_size: int) -> LapInputs:
         num_rows=num_rows,
         num_prefill_rows=num_prefill_rows,
         device_prefill=_paged(on_device, [r.block_ids for r in on_device], 0),
-        host_prefill=_paged(on_host, [r.staging_block_ids for r in on_host], first_host_row),
+        host_prefill=_paged(on_host, [np.array(r.staging_block_ids, dtype=np.int32) for r in on_host], first_host_row),
         device_decode=_paged(sub_batch.device_decode, [r.block_ids for r in sub_batch.device_decode], num_prefill_rows),
         host_decode=slice(num_rows - len(sub_batch.host_decode), num_rows),
         staging=_staging_copies(on_host, block_size),

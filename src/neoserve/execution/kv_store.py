@@ -5,8 +5,6 @@ Shape letters: L layers, N blocks, K kv heads, P tokens per block, D head dim, X
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
@@ -70,8 +68,3 @@ class KVStore:
         area = self.staging_LN2KPD[layer % 2].unsqueeze(0)
         host = self.host_LNX[layer : layer + 1]
         self._device.ops.blocks_to_host(area, staging_block_ids, host, host_block_ids)
-
-
-def flatten(tables: Sequence[Sequence[int]]) -> np.ndarray:
-    """Block tables one after another, int32."""
-    return np.fromiter((block for table in tables for block in table), dtype=np.int32)
