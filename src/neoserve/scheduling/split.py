@@ -211,12 +211,15 @@ class Splitter:
         begin = 0 if work.lap else len(work.host_tokens)
         whole = pricing.price((prefill_rows, 0), 0, begin, self._steps(1, work.lap_step))
         best = whole if self._meets_target(whole) else None
-        device_us = max(1.0, whole.price.device_us)
+        tried = {whole.lap_steps}
         for ratio in self._ratios[1:]:
-            is_near = 0.4 < ratio * device_us / whole.price.host_us < 3.0
-            if not is_near and self._target_us is None and ratio != self._ratios[-1]:
+            steps = self._steps(ratio, work.lap_step)
+            hidden = ratio * whole.price.device_us / max(1.0, whole.price.host_us)
+            is_wanted = 0.4 < hidden < 3.0 or self._target_us is not None or ratio == self._ratios[-1]
+            if steps in tried or not is_wanted:
                 continue
-            choice = pricing.price((prefill_rows, 0), 0, begin, self._steps(ratio, work.lap_step))
+            tried.add(steps)
+            choice = pricing.price((prefill_rows, 0), 0, begin, steps)
             if self._meets_target(choice) and (best is None or choice.rate > best.rate):
                 best = choice
         return best
