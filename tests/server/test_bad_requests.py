@@ -74,6 +74,7 @@ BAD = [
     (CHAT, HI | {"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
     (CHAT, HI | {"response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
     (CHAT, HI | CONTINUED | {"add_generation_prompt": True}, 400, "continue_final_message", "exclude"),
+    (CHAT, HI | {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, 400, "chat_template_kwargs", "may not have"),
     ("/tokenize", {}, 400, "prompt", "either prompt or messages"),
     ("/tokenize", {"prompt": "a", "messages": HI["messages"]}, 400, "prompt", "either prompt or messages"),
     ("/detokenize", {"tokens": [10**7]}, 400, "tokens", "token id 10000000"),

@@ -91,6 +91,22 @@ def test_the_engine_ends_with_a_server_that_was_killed(tmp_path: Path) -> None:
         assert psutil.wait_procs([engine], timeout=5)[1] == []
 
 
+def test_ctrl_c_while_loading_ends_both_processes_without_a_traceback(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("wb") as stream:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "neoserve.cli.main", "serve", "--port", "0"], stdout=stream, stderr=stream
+        )
+    children: list[psutil.Process] = []
+    while not children:
+        time.sleep(0.02)
+        children = psutil.Process(server.pid).children()
+    server.send_signal(signal.SIGINT)
+    assert server.wait(timeout=10) != 0
+    assert psutil.wait_procs(children, timeout=5)[1] == []
+    assert "Traceback" not in log.read_text()
+
+
 def test_a_second_server_on_the_same_port_says_so_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ended = neo("serve", "--port", str(taken.getsockname()[1]))

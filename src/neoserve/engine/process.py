@@ -15,6 +15,7 @@ import traceback
 import zmq
 
 from neoserve.core.errors import ConfigError, InvalidRequestError, NeoError, QueueFullError
+from neoserve.core.logs import log_to_stderr
 from neoserve.engine.core import EngineCore
 from neoserve.engine.messages import (
     Abort,
@@ -124,6 +125,7 @@ def _end_with_front_end() -> None:
 
 def main(address: str) -> None:
     """Connect to the front end and serve it."""
+    log_to_stderr()
     # A terminal's Ctrl-C and a service manager's SIGTERM reach the whole group; the front end says when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

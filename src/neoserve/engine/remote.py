@@ -120,6 +120,7 @@ class RemoteEngine(EngineClient):
             info, _ = await asyncio.gather(_wait_ready(process, progress), asyncio.to_thread(import_tokenizers))
             codec = await asyncio.to_thread(load_codec, config, info)
         except BaseException:
+            process.kill()
             await process.end()
             raise
         return cls(process, info, codec)

@@ -219,6 +219,9 @@ class _EngineCollector(Collector):
         yield families.gauge(
             "last_iteration_measured_seconds", "Time of the last iteration", stats.last_measured_us * 1e-6
         )
+        yield families.gauge(
+            "iteration_prediction_error", "Median relative error of recent predictions", stats.prediction_error
+        )
         rows = dict(zip("01", map(float, stats.sub_batch_rows), strict=True))
         yield families.gauges("sub_batch_rows", "Rows of each sub-batch in the last iteration", "sub_batch", rows)
         yield families.counter("host_attention_busy_seconds", "Time in host attention", stats.host_busy_us_total * 1e-6)
