@@ -18,7 +18,6 @@ CONTINUED: dict[str, Any] = {"continue_final_message": True}
 BAD = [
     # path, body, status, param, pattern of the message
     (COMPLETIONS, {}, 400, "prompt", "prompt is missing"),
-    (COMPLETIONS, {"prompt": ""}, 400, "prompt", "empty|at least one token"),
     (COMPLETIONS, {"prompt": []}, 400, "prompt", r"prompt is \[\]; expected a string"),
     (COMPLETIONS, {"prompt": 5}, 400, "prompt", "prompt is 5; expected a string"),
     (COMPLETIONS, {"prompt": [1, "a"]}, 400, "prompt", "expected a string, token ids, or a list"),

@@ -118,7 +118,7 @@ def _add(core: EngineCore, message: Add) -> Accepted | Refused:
 
 def _end_with_front_end() -> None:
     """End this process, whatever it is doing, when the pipe from the front end closes."""
-    sys.stdin.buffer.read()
+    os.read(0, 1)  # returns at the end of the pipe; nobody writes to it
     os._exit(1)
 
 

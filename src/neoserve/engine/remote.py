@@ -35,7 +35,7 @@ from neoserve.engine.messages import (
     restore,
 )
 from neoserve.engine.outputs import Delta
-from neoserve.engine.text import TextCodec
+from neoserve.engine.text import TextCodec, import_tokenizers
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -117,7 +117,7 @@ class RemoteEngine(EngineClient):
         process = await EngineProcess.spawn()
         try:
             process.send(Start(config))
-            info = await _wait_ready(process, progress)
+            info, _ = await asyncio.gather(_wait_ready(process, progress), asyncio.to_thread(import_tokenizers))
             codec = await asyncio.to_thread(load_codec, config, info)
         except BaseException:
             await process.end()

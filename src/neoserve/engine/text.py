@@ -17,6 +17,13 @@ _CONTEXT_TOKENS = 5
 ChatMessage = Mapping[str, Any]
 
 
+def import_tokenizers() -> None:
+    """Import what `TextCodec` needs, which takes seconds; for a thread to do while a model loads."""
+    import transformers
+
+    assert transformers.AutoTokenizer
+
+
 class TextCodec:
     """A checkpoint's tokenizer and chat template."""
 

@@ -67,17 +67,30 @@ class Admission:
         running[request.request_id] = sequence
         return sequence
 
+    def reference(self, running: Iterable[Sequence]) -> Load:
+        """Decode load of as many of the sequences that run and wait as the device pool could hold; of those that run,
+        if there is no device pool."""
+        device, host = _resident_load(running)
+        count, tokens = device.rows + host.rows, device.device_tokens + host.host_tokens
+        if not count or self._only_host:
+            return Load.device_decode(count, tokens)
+        mean_tokens = tokens / count
+        held = int(self._placement.device_tokens / mean_tokens)
+        rows = max(1, min(held, count + len(self.waiting)))
+        return Load.device_decode(rows, int(rows * mean_tokens))
+
     def _host_pays(self, running: Iterable[Sequence], iteration: int) -> bool:
         """Whether the head of the queue should go to the host: as many host rows as there could soon be would pay,
         and those that there are leave the worker pool time for one more."""
         device, host = _resident_load(running)
         head = len(next(iter(self.waiting.values())).prompt_token_ids)
-        prompt_rows = min(head, self._max_rows)
-        limit_us = self._splitter.host_lap_limit_us(device, prompt_rows)
+        limit_us = self._splitter.host_lap_limit_us(device)
         if iteration - self._judged_at >= _JUDGEMENT_AGE:
             self._judged_at = iteration
             future = self._future_host_load(host, limit_us)
-            self._host_would_pay = future.rows > 0 and self._splitter.pays(device, future, prompt_rows)
+            reference = self.reference(running)
+            prompt_rows = min(head, self._max_rows)
+            self._host_would_pay = future.rows > 0 and self._splitter.pays(reference, device, future, prompt_rows)
         return self._host_would_pay and self._cost.host_lap_us(host + Load.host_decode(1, head)) <= limit_us
 
     def _future_host_load(self, host: Load, limit_us: float) -> Load:

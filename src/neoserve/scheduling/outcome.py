@@ -104,9 +104,8 @@ class Outcome:
         )
 
     def _can_resume(self, sequence: Sequence) -> bool:
-        lost_samples = sequence.num_planned > len(sequence.output)
         on_host = sequence.tier is Tier.HOST
-        return sequence.can_resume(lost_samples) and (not on_host or self._placement.can_stage(sequence.num_known))
+        return sequence.can_resume() and (not on_host or self._placement.can_stage(sequence.num_known))
 
     def _unpin(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:

@@ -44,6 +44,11 @@ class Placement:
         self._mean_share = 1.0  # of its possible tokens that a sequence generates
         self._share = 1.0
 
+    @property
+    def device_tokens(self) -> int:
+        """Tokens that the device pool holds."""
+        return self.kv.num_blocks(Tier.DEVICE) * self._config.block_size
+
     def max_new_tokens(self, request: Request) -> int:
         """Tokens that the request may generate within the context length."""
         assert request.params.max_tokens is not None, "max_tokens is decided before a request reaches the scheduler"

@@ -229,6 +229,7 @@ class Scheduler:
     def _choose(self, device: list[Sequence], host: list[Sequence], chunks: list[Chunk]) -> Choice:
         lap = self._host_lap
         work = Work(
+            reference=self._admission.reference(self._running.values()) if lap or host else Load(),
             device=Load.device_decode(len(device), sum(s.computed for s in device) + len(device)),
             chunks=tuple(chunks),
             host_tokens=() if lap else tuple(s.computed + 1 for s in host),
