@@ -191,13 +191,14 @@ class Splitter:
 
         leaves_first = not pricing.work.device.rows and not prefill_rows[0]
         largest = num_host - 1 if leaves_first else num_host
-        best = min((split(n) for n in sorted({0, largest // 2, largest})), key=_total_us)
-        step = largest // 4
-        while step:
-            middle = best.num_host[1]
-            near = [split(n) for n in (middle - step, middle + step) if 0 < n < largest]
-            best = min((best, *near), key=_total_us)
-            step = step // 2 if step > max(1, largest // 16) else 0
+        best = min((split(n) for n in sorted({0, largest // 2})), key=_total_us)
+        step = -(-largest // 8)
+        for direction in (step, -step):
+            while 0 <= best.num_host[1] + direction <= largest:
+                near = split(best.num_host[1] + direction)
+                if near.price.total_us >= best.price.total_us:
+                    break
+                best = near
         return best
 
     def _best_ratio(self, pricing: _Pricing, prefill_rows: int) -> Choice | None:
