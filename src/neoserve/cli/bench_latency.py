@@ -58,7 +58,7 @@ def latency(
         check_plot(plot, given)
     cases = []
     for workload in [spec.load(config.seed) for spec in load.specs]:
-        for rate in given or [None]:
+        for rate in given or (None,):
             if arrivals is Arrivals.TRACE or rate is None:
                 cases.append(Case(workload, workload.recorded_s(rate), rate))
             else:

@@ -18,7 +18,18 @@ import torch
 
 from neoserve.kernels.base import Ops, PagedAttention, PagedBatch
 
-__all__ = ["Completion", "Copy", "Device", "Exchange", "Flag", "Mark", "Ops", "PagedAttention", "PagedBatch", "Transfer"]
+__all__ = [
+    "Completion",
+    "Copy",
+    "Device",
+    "Exchange",
+    "Flag",
+    "Mark",
+    "Ops",
+    "PagedAttention",
+    "PagedBatch",
+    "Transfer",
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,9 +176,7 @@ class CudaDevice(Device):
             after_ns = time.monotonic_ns()
             anchors.append((after_ns - before_ns, after_ns, anchor))
         _, now_ns, anchor = min(anchors, key=lambda attempt: attempt[0])
-        return [
-            now_ns - round(mark.event.elapsed_time(anchor) * 1e6) for mark in marks if isinstance(mark, _EventMark)
-        ]
+        return [now_ns - round(mark.event.elapsed_time(anchor) * 1e6) for mark in marks if isinstance(mark, _EventMark)]
 
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.torch_device)[0]

@@ -34,9 +34,7 @@ class Built:
     instruction_set: str
 
 
-def build(
-    config: EngineConfig, progress: Callable[[str], None], weights: DecoderWeights | None = None
-) -> Built:
+def build(config: EngineConfig, progress: Callable[[str], None], weights: DecoderWeights | None = None) -> Built:
     """Make an engine's parts; `progress` gets a line before each step that may take seconds.
 
     weights: of an earlier engine for the same model, dtype and device, to share; loaded when there are none.
@@ -77,9 +75,7 @@ def build(
     )
 
 
-def _load(
-    config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
-) -> DecoderWeights:
+def _load(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
     if checkpoint.path is None or config.load_format == "dummy":
         return dummy_weights(checkpoint.spec, dtype, device, config.seed)
     return load_weights(checkpoint.spec, checkpoint.path, dtype, device)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from neoserve.core.program import Op, Stage
 from neoserve.execution.lap import Lap
 
-
 OnStage = Callable[[Stage | None], None]
 """Told of each stage on the stream, before its work, and with `None` once there is no more."""
 

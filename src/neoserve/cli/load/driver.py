@@ -21,7 +21,6 @@ class Answer:
     due_s: float
     num_prompt_tokens: int
     token_s: list[float] = field(default_factory=list)
-    num_host_tokens: int = 0
     finish_reason: FinishReason | None = None
 
     @property
@@ -76,7 +75,6 @@ def _step(core: EngineCore, answers: dict[str, Answer], start_s: float) -> None:
     for event in events:
         answer = answers[event.request_id]
         answer.token_s.extend([now_s] * len(event.token_ids))
-        answer.num_host_tokens += event.num_host_tokens
         answer.finish_reason = event.finish_reason or answer.finish_reason
 
 

@@ -100,7 +100,9 @@ def load_options(command: Callable[..., None]) -> Callable[..., None]:
         command(config, LoadOptions(**{field.name: values.pop(field.name) for field in fields}), **values)
 
     shared = [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[field.name], default=field.default)
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[field.name], default=field.default
+        )
         for field in fields
     ]
     own = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in own]

@@ -20,14 +20,14 @@ Figures = dict[str, Any]
 
 
 def figures(run: Drive, iterations: Sequence[Iteration], config: ResolvedConfig, ceilings: Ceilings) -> Figures:
-    """All figures of one run. Tokens of a tier are those that its decodes yielded; a request's first token comes from
-    its prefill. Percentiles in milliseconds."""
+    """All figures of one run. device_tokens, host_tokens: that decodes of the tier yielded; prefill_tokens: that
+    prefill yielded, one a request. Percentiles are in milliseconds."""
     done = [answer for answer in run.answers if answer.completed]
     before, after, duration_s = run.before, run.after, run.duration_s
     num_output = sum(len(answer.token_s) for answer in run.answers)
-    num_first = sum(bool(answer.token_s) for answer in run.answers)
-    num_host = sum(answer.num_host_tokens for answer in run.answers)
-    num_prompt = sum(answer.num_prompt_tokens for answer in run.answers if answer.token_s)
+    num_prompt = after.prompt_tokens_total - before.prompt_tokens_total
+    num_device = after.device_tokens_total - before.device_tokens_total
+    num_host = after.host_tokens_total - before.host_tokens_total
     host_busy_us = after.host_busy_us_total - before.host_busy_us_total
     host_bytes = after.host_bytes_total - before.host_bytes_total
     return {
@@ -39,8 +39,8 @@ def figures(run: Drive, iterations: Sequence[Iteration], config: ResolvedConfig,
         "steady_requests_per_s": steady_rate([answer.token_s[-1] for answer in done]),
         "prompt_tokens": num_prompt,
         "output_tokens": num_output,
-        "first_tokens": num_first,
-        "device_tokens": num_output - num_first - num_host,
+        "prefill_tokens": num_output - num_device - num_host,
+        "device_tokens": num_device,
         "host_tokens": num_host,
         "output_tokens_per_s": num_output / duration_s,
         "total_tokens_per_s": (num_prompt + num_output) / duration_s,

@@ -95,7 +95,11 @@ class Session:
         config = replace(self._config, offload=mode.offload)
         if mode.device_kv_tokens is not None:
             config = replace(config, device_kv_tokens=mode.device_kv_tokens)
-        core = EngineCore(config, self._show, weights)
+        try:
+            core = EngineCore(config, self._show, weights)
+        except ConfigError as error:
+            longest = max(case.workload.longest for case in self._cases)
+            raise ConfigError(f"mode {mode.name}, for requests of up to {longest} tokens: {error}") from None
         try:
             self._show(f"{mode.name}: ready after {core.info.start_s:.1f} s; measuring the machine, warming up")
             ceilings = Ceilings.measure(core)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from neoserve.cli.load.session import Case, Outcome
+    from neoserve.cli.load.session import Outcome
+
+WIDTH = 160
+"""Columns of a table in a file, where no terminal sets them."""
 
 Figures = dict[str, Any]
 
@@ -29,12 +33,9 @@ def summary(outcome: Outcome) -> str:
 def print_tables(outcomes: Sequence[Outcome]) -> None:
     """A table for each workload, a column for each mode; where there are several, the ratio to the first one's rates
     in parentheses."""
-    console = Console(highlight=False)
-    cases: list[Case] = []
-    for outcome in outcomes:
-        if outcome.case not in cases:
-            cases.append(outcome.case)
-    for case in cases:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    cases = {id(outcome.case): outcome.case for outcome in outcomes}
+    for case in cases.values():
         members = [outcome for outcome in outcomes if outcome.case is case]
         rate = "" if case.rate is None else f", {case.rate:g} requests/s arriving"
         table = Table(title=f"{case.workload.name}{rate}", title_justify="left", box=None, padding=(0, 2))
@@ -51,7 +52,10 @@ def _rows(runs: Sequence[Figures]) -> list[tuple[str, list[str]]]:
     rows = [(label, _rates([run[key] for run in runs], digits)) for label, key, digits in _RATES]
     rows += [(label, [cell(run) for run in runs]) for label, cell in _CELLS]
     kinds = sorted({kind for run in runs for kind in run["iterations"]})
-    rows += [(f"{kind}: iterations", [_kind(run["iterations"].get(kind)) for run in runs]) for kind in kinds]
+    rows += [
+        (f"{kind}: iterations, median, over limit", [_kind(run["iterations"].get(kind)) for run in runs])
+        for kind in kinds
+    ]
     return rows
 
 
@@ -89,8 +93,8 @@ def _kind(figures: Figures | None) -> str:
     if figures is None:
         return "0"
     limit = figures["median_over_limit"]
-    over = f", {limit:.2f}x the limit" if limit is not None else ""
-    return f"{figures['count']}, median {figures['median_ms']:.1f} ms{over}"
+    over = f", {limit:.2f}x" if limit is not None else ""
+    return f"{figures['count']}, {figures['median_ms']:.1f} ms{over}"
 
 
 def _number(value: float | None, digits: int) -> str:
