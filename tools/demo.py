@@ -40,6 +40,9 @@ def serving() -> Iterator[str]:
         try:
             print(f"$ neo serve {' '.join(FLAGS)}", flush=True)
             yield wait_until_serving(process, log)
+        except Exception:
+            print(f"\nThe server's log:\n{log.read_text()}", file=sys.stderr)
+            raise
         finally:
             process.terminate()
             process.wait()

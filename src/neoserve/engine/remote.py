@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -117,7 +118,8 @@ class RemoteEngine(EngineClient):
         process = await EngineProcess.spawn()
         try:
             process.send(Start(config))
-            info, _ = await asyncio.gather(_wait_ready(process, progress), asyncio.to_thread(import_tokenizers))
+            threading.Thread(target=import_tokenizers, daemon=True).start()
+            info = await _wait_ready(process, progress)
             codec = await asyncio.to_thread(load_codec, config, info)
         except BaseException:
             process.kill()

@@ -111,15 +111,28 @@ class Splitter:
 
     def choose(self, work: Work) -> Choice:
         """The best candidate; never one with host rows that is predicted worse than device-only, unless host rows
-        must progress now."""
+        must progress now.
+
+        Beside host rows, prompts are taken out again, down to where the linear layers are still efficient, if that
+        has the better rate: a long prefill leaves the worker pool idle and makes every decode wait.
+        """
         pricing = self._pricing(work)
         full = self._within_target(pricing, sum(chunk.count for chunk in work.chunks))
         if not (work.host_tokens or work.lap):
             return pricing.price((full, 0), 0, 0, 0)
-        best = self._advance_lap(pricing, full) if work.lap else self._begin_lap(pricing, full)
-        if self._target_ttft or best.lap_steps == 0 or full <= self._efficient_rows:
-            return best
-        return self._with_fewer_prompts(pricing, best)
+        best = self._with_host(pricing, full)
+        while not self._target_ttft and (best.lap_steps or any(best.num_host)):
+            fewer = sum(best.prefill_rows) // 2
+            if fewer < self._efficient_rows:
+                break
+            choice = self._with_host(pricing, fewer)
+            if choice.rate <= best.rate * self._policy.min_gain:
+                break
+            best = choice
+        return best
+
+    def _with_host(self, pricing: _Pricing, prefill_rows: int) -> Choice:
+        return (self._advance_lap if pricing.work.lap else self._begin_lap)(pricing, prefill_rows)
 
     def pays(self, reference: Load, device: Load, host: Load, prompt_rows: int) -> bool:
         """Whether laps of these host rows beside these device rows beat device-only, at least while there are prompts
@@ -191,13 +204,14 @@ class Splitter:
 
         leaves_first = not pricing.work.device.rows and not prefill_rows[0]
         largest = num_host - 1 if leaves_first else num_host
-        best = min((split(n) for n in sorted({0, largest // 2, largest})), key=_total_us)
-        step = largest // 4
-        while step:
-            middle = best.num_host[1]
-            near = [split(n) for n in (middle - step, middle + step) if 0 < n < largest]
-            best = min((best, *near), key=_total_us)
-            step = step // 2 if step > max(1, largest // 16) else 0
+        best = min((split(n) for n in sorted({0, largest // 2})), key=_total_us)
+        step = -(-largest // 8)
+        for direction in (step, -step):
+            while 0 <= best.num_host[1] + direction <= largest:
+                near = split(best.num_host[1] + direction)
+                if near.price.total_us >= best.price.total_us:
+                    break
+                best = near
         return best
 
     def _best_ratio(self, pricing: _Pricing, prefill_rows: int) -> Choice | None:
@@ -240,19 +254,6 @@ class Splitter:
         """What a whole lap of the host rows adds to device-only iterations."""
         iterations = self._num_steps / choice.lap_steps if choice.lap_steps else 1.0
         return iterations * (choice.price.total_us - device_only.price.total_us)
-
-    def _with_fewer_prompts(self, pricing: _Pricing, choice: Choice) -> Choice:
-        """Take prompts out again, down to where the linear layers are still efficient, if that has the better rate:
-        a long prefill leaves the worker pool idle and makes every decode wait."""
-        best = choice
-        while sum(best.prefill_rows) > self._efficient_rows:
-            first, second = best.prefill_rows
-            limits = (-(-first // 2), -(-second // 2))
-            fewer = pricing.price(limits, *choice.num_host, choice.lap_steps)
-            if sum(limits) < self._efficient_rows or fewer.rate <= best.rate * self._policy.min_gain:
-                break
-            best = fewer
-        return best
 
 
 class _Pricing:
