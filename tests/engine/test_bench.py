@@ -34,9 +34,10 @@ def neo(*arguments: str) -> None:
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the figures and traces of two workloads in two modes."""
     folder = tmp_path_factory.mktemp("compared")
-    neo("throughput", *ENGINE, "--compare", "off,all", "--workload", "in=24,out=8,n=10", "--workload", "in=12,out=4,n=6",
-        "--json", str(folder / "figures.json"), "--trace", str(folder / "trace.json"), "--trace-skip", "2",
-        "--trace-iterations", "4")  # fmt: skip
+    neo("throughput", *ENGINE, "--compare", "off,all",
+        "--workload", "in=24,out=8,n=10", "--workload", "in=12,out=4,n=6",
+        "--json", str(folder / "figures.json"),
+        "--trace", str(folder / "trace.json"), "--trace-skip", "2", "--trace-iterations", "4")  # fmt: skip
     return folder
 
 
