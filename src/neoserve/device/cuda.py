@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 
 from neoserve.core.config import DType, ModelShape
 from neoserve.core.errors import ConfigError
-from neoserve.device.base import Completion, Device, Exchange, Flag, Transfer
+from neoserve.device.base import Completion, Copy, Device, Exchange, Flag, Mark, Transfer
 from neoserve.device.driver import Driver
 from neoserve.device.registration import RegisteredMemory
 from neoserve.kernels.flashinfer_ops import FlashInferOps
@@ -20,6 +22,7 @@ logger = logging.getLogger(__name__)
 OLDEST_CAPABILITY = (7, 5)
 _BFLOAT16_CAPABILITY = (8, 0)
 _NUM_CHANNELS = 2
+_CLOCK_ATTEMPTS = 5
 
 
 class _Submitted:
@@ -40,6 +43,14 @@ class _Submitted:
 
     def elapsed_us(self) -> float:
         return float(self.start.elapsed_time(self.end)) * 1e3
+
+
+class _EventMark(Mark):
+    """An event on the stream that is current."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
 
 
 class _Channel:
@@ -137,12 +148,35 @@ class CudaDevice(Device):
         side.sent.record()
         side.stream.wait_event(side.sent)
         with torch.cuda.stream(side.stream):
-            outward.target.copy_(outward.source, non_blocking=True)
+            self._copy(channel, "out", outward)
             self._driver.write_value(side.stream.cuda_stream, self._flag_address(ready), value)
             self._driver.wait_value(side.stream.cuda_stream, self._flag_address(done), value)
-            back.target.copy_(back.source, non_blocking=True)
+            self._copy(channel, "back", back)
             side.back.record()
         return _Exchange(side, outward, back)
+
+    def _copy(self, channel: int, direction: Literal["out", "back"], transfer: Transfer) -> None:
+        begin = self.mark() if self.on_copy is not None else None
+        transfer.target.copy_(transfer.source, non_blocking=True)
+        if self.on_copy is not None and begin is not None:
+            self.on_copy(Copy(channel, direction, begin, self.mark()))
+
+    def mark(self) -> Mark:
+        return _EventMark()
+
+    def times_ns(self, marks: Sequence[Mark]) -> list[int]:
+        """Counted back from an event that the host sees pass; of some attempts, the one that it saw soonest."""
+        anchors = []
+        for _ in range(_CLOCK_ATTEMPTS):
+            torch.cuda.synchronize(self.torch_device)
+            before_ns = time.monotonic_ns()
+            anchor = torch.cuda.Event(enable_timing=True)
+            anchor.record(self._compute)
+            anchor.synchronize()
+            after_ns = time.monotonic_ns()
+            anchors.append((after_ns - before_ns, after_ns, anchor))
+        _, now_ns, anchor = min(anchors, key=lambda attempt: attempt[0])
+        return [now_ns - round(mark.event.elapsed_time(anchor) * 1e6) for mark in marks if isinstance(mark, _EventMark)]
 
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.torch_device)[0]

@@ -15,9 +15,9 @@ from neoserve.device.base import Device
 from neoserve.engine.calibrate import cost_table
 from neoserve.engine.resolve import REFERENCE_DEVICE_FRACTION, resolve, share_cpus
 from neoserve.execution.executor import Executor
-from neoserve.models.checkpoint import open_checkpoint
+from neoserve.models.checkpoint import Checkpoint, open_checkpoint
 from neoserve.models.decoder import Decoder
-from neoserve.models.weights import dummy_weights, load_weights
+from neoserve.models.weights import DecoderWeights, dummy_weights, load_weights
 from neoserve.scheduling.cost import CostModel
 from neoserve.scheduling.scheduler import Scheduler
 
@@ -34,20 +34,20 @@ class Built:
     instruction_set: str
 
 
-def build(config: EngineConfig, progress: Callable[[str], None]) -> Built:
-    """Make an engine's parts; `progress` gets a line before each step that may take seconds."""
+def build(config: EngineConfig, progress: Callable[[str], None], weights: DecoderWeights | None = None) -> Built:
+    """Make an engine's parts; `progress` gets a line before each step that may take seconds.
+
+    weights: of an earlier engine for the same model, dtype and device, to share; loaded when there are none.
+    """
     checkpoint = open_checkpoint(config.model, config.revision, config.load_format)
     spec = checkpoint.spec
     kind = choose_device(config)
     dtype = choose_dtype(config, spec.dtype, kind)
     threads = share_cpus(config, kind, host_tier=config.offload != "off")
     device = make_device(kind, spec.shape, dtype, config.block_size, threads.num_compute)
-    progress(f"loading weights ({dtype}) to {device.name}")
-    torch_dtype: torch.dtype = getattr(torch, dtype)
-    if checkpoint.path is None or config.load_format == "dummy":
-        weights = dummy_weights(spec, torch_dtype, device.torch_device, config.seed)
-    else:
-        weights = load_weights(spec, checkpoint.path, torch_dtype, device.torch_device)
+    if weights is None:
+        progress(f"loading weights ({dtype}) to {device.name}")
+        weights = _load(config, checkpoint, getattr(torch, dtype), device.torch_device)
     resolved = resolve(
         config,
         spec.shape,
@@ -73,6 +73,12 @@ def build(config: EngineConfig, progress: Callable[[str], None]) -> Built:
         default_sampling=dict(spec.default_sampling),
         instruction_set=_native.default_instruction_set() if resolved.host_blocks else "",
     )
+
+
+def _load(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
+    if checkpoint.path is None or config.load_format == "dummy":
+        return dummy_weights(checkpoint.spec, dtype, device, config.seed)
+    return load_weights(checkpoint.spec, checkpoint.path, dtype, device)
 
 
 def choose_device(config: EngineConfig) -> Literal["cuda", "reference"]:

@@ -14,7 +14,7 @@ from neoserve.core.program import program
 from neoserve.core.request import Request
 from neoserve.device.base import Completion, Device
 from neoserve.execution.handoff import HandOff
-from neoserve.execution.issue import arm, issue
+from neoserve.execution.issue import OnStage, arm, issue
 from neoserve.execution.kv_store import KVStore
 from neoserve.execution.lap import Lap, Sequence, Workshop
 from neoserve.execution.sampling import SamplingState
@@ -87,7 +87,7 @@ class Executor:
         """Forget a request; laps in flight keep what they need of it."""
         self._sequences.pop(request_id, None)
 
-    def launch(self, plan: IterationPlan) -> Launched:
+    def launch(self, plan: IterationPlan, on_stage: OnStage | None = None) -> Launched:
         """Arm the workers and enqueue the iteration, without waiting for anything."""
         for sub_batch in plan.begins:
             self._laps[sub_batch.index] = Lap(self._shop, sub_batch, self._sequences)
@@ -100,7 +100,7 @@ class Executor:
         def work() -> None:
             for migration in plan.migrations:
                 self.store.migrate(migration)
-            issue(stages, laps)
+            issue(stages, laps, on_stage)
 
         return Launched(plan, laps, self.device.submit(work))
 
