@@ -88,6 +88,7 @@ class CudaDevice(Device):
         self._channels = tuple(_Channel(self.torch_device) for _ in range(_NUM_CHANNELS))
         self._registered: list[RegisteredMemory] = []
         self._flag_addresses: dict[int, int] = {}
+        self._graph_pools: dict[int, tuple[int, int]] = {}
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
@@ -106,17 +107,38 @@ class CudaDevice(Device):
         return self._submit(self._compute, work)
 
     def submit_copies(self, work: Callable[[], None]) -> Completion:
-        """As `submit`, on the stream for copies, after all that was submitted to either stream before.
-
-        Work submitted later runs beside it; what needs its result calls `wait_for` first.
-        """
         self._copies.wait_stream(self._compute)
         return self._submit(self._copies, work)
 
     def wait_for(self, completion: Completion) -> None:
-        """Inside `submit`: later work of the stream waits, on the device, until `completion` is done."""
+        self._hold(self._compute, completion)
+
+    def hold_exchanges(self, channel: int, completion: Completion) -> None:
+        self._hold(self._channels[channel].stream, completion)
+
+    def _hold(self, stream: torch.cuda.Stream, completion: Completion) -> None:
         assert isinstance(completion, _Submitted)
-        torch.cuda.current_stream(self.torch_device).wait_event(completion.end)
+        if completion.error is not None:
+            raise completion.error
+        stream.wait_event(completion.end)
+
+    def record(self, work: Callable[[], None], group: int) -> Callable[[], None]:
+        """As `Device.record`, a CUDA graph; the recordings of a group share one pool of memory."""
+        if group not in self._graph_pools:
+            self._graph_pools[group] = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Not the context manager `torch.cuda.graph`: it collects garbage and empties the allocator's cache each time,
+        # which takes a hundred times as long as recording a layer.
+        graph.capture_begin(self._graph_pools[group], capture_error_mode="thread_local")
+        try:
+            work()
+        finally:
+            graph.capture_end()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def synchronise(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
 
     def _submit(self, stream: torch.cuda.Stream, work: Callable[[], None]) -> _Submitted:
         submitted = _Submitted()
@@ -151,7 +173,7 @@ class CudaDevice(Device):
         return torch.cuda.mem_get_info(self.torch_device)[1]
 
     def close(self) -> None:
-        torch.cuda.synchronize(self.torch_device)
+        self.synchronise()
         while self._registered:
             self._registered.pop().release()
 
