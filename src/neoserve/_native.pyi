@@ -72,9 +72,7 @@ class WorkerPool:
         within the deadline, or when the pool is closed."""
     def read_bandwidth(self, num_bytes: int, repeats: int = 3) -> float:
         """GB/s (10^9) at which the workers stream plain loads over fresh huge-page memory, best of `repeats`."""
-    def inject_fault(
-        self, kind: Literal["throw", "die", "stall"], *, after_tasks: int = 0, worker: int = -1
-    ) -> None:
+    def inject_fault(self, kind: Literal["throw", "die", "stall"], *, after_tasks: int = 0, worker: int = -1) -> None:
         """For tests of what happens then: worker `worker` (negative: from the last) will throw, end its thread, or
         stall until the deadline passes, at the task after the next `after_tasks` ones."""
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ class CudaDevice(Device):
         self._channels = tuple(_Channel(self.torch_device) for _ in range(_NUM_CHANNELS))
         self._registered: list[RegisteredMemory] = []
         self._flag_addresses: dict[int, int] = {}
-        self._graph_pools: dict[int, tuple[int, int]] = {}
+        self._graph_pools: dict[int, Any] = {}
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)

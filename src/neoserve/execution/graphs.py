@@ -4,7 +4,8 @@ Two kinds of recordings, both for fixed numbers of rows, the *buckets*; rows tha
 anyone reads. A whole lap of device decodes, all but its HEAD, is one recording. In every other program attention is
 enqueued between the layers, and each lap's linear work between two attentions, POST(l) and PRE(l + 1), is one.
 
-Shape letters: T rows, B sequences, S slots, C = H + 2K heads of a fused qkv row, H query heads, D head dim, E model dim.
+Shape letters: T rows, B sequences, S slots, C = H + 2K heads of a fused qkv row, H query heads, K kv heads, D head dim,
+E model dim.
 """
 
 from __future__ import annotations
@@ -232,7 +233,9 @@ class Graphs:
             num_recorded += 1
             seconds, num_bytes = time.perf_counter() - start_s, free_bytes - self._device.free_bytes()
             if seconds > MAX_RECORD_S or num_bytes > MAX_RECORD_BYTES:
-                logger.warning("recorded %d of %d sets of graphs, the time or the memory for more is up", num_recorded, len(work))
+                logger.warning(
+                    "recorded %d of %d sets of graphs, the time or the memory for more is up", num_recorded, len(work)
+                )
                 break
         return f"recorded {num_recorded} sets of graphs in {seconds:.1f} s, {num_bytes / 2**20:.0f} MiB"
 

@@ -123,9 +123,7 @@ class Lap:
         inputs = self._inputs
         num_decodes = inputs.num_rows - inputs.num_prefill_rows
         sizes = [inputs.num_prefill_rows, inputs.num_rows, num_decodes, len(inputs.sampling)]
-        prompt_ids, positions, slots, self._sampling_rows = torch.split(
-            self._shop.device.upload(inputs.indices), sizes
-        )
+        prompt_ids, positions, slots, self._sampling_rows = torch.split(self._shop.device.upload(inputs.indices), sizes)
         return prompt_ids, positions, slots
 
     def _plan_attention(self) -> None:
