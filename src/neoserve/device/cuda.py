@@ -50,18 +50,22 @@ class _Channel:
         self.stream = torch.cuda.Stream(device)
         self.sent = torch.cuda.Event()
         self.back = torch.cuda.Event()
+        for event in (self.sent, self.back):
+            event.record(self.stream)  # torch makes an event when it is first recorded
 
 
 class _Exchange:
     """A hand-off on its way. It keeps the tensors until `finish`: the compute stream's allocator must not give their
     memory away while the channel still copies."""
 
-    def __init__(self, channel: _Channel, outward: Transfer, back: Transfer) -> None:
-        self._channel = channel
-        self._tensors = (outward, back)
+    def __init__(self, driver: Driver, compute: int, back: int, tensors: tuple[Transfer, Transfer]) -> None:
+        self._driver = driver
+        self._compute = compute
+        self._back = back
+        self._tensors = tensors
 
     def finish(self) -> None:
-        torch.cuda.current_stream().wait_event(self._channel.back)
+        self._driver.wait_event(self._compute, self._back)
 
 
 class CudaDevice(Device):
@@ -156,16 +160,17 @@ class CudaDevice(Device):
         self, channel: int, outward: Transfer, ready: Flag, done: Flag, value: int, back: Transfer
     ) -> Exchange:
         """As `Device.exchange`; can be captured in a CUDA graph, which then keeps `value`."""
-        side = self._channels[channel]
-        side.sent.record()
-        side.stream.wait_event(side.sent)
-        with torch.cuda.stream(side.stream):
-            outward.target.copy_(outward.source, non_blocking=True)
-            self._driver.write_value(side.stream.cuda_stream, self._flag_address(ready), value)
-            self._driver.wait_value(side.stream.cuda_stream, self._flag_address(done), value)
-            back.target.copy_(back.source, non_blocking=True)
-            side.back.record()
-        return _Exchange(side, outward, back)
+        # By the driver: torch's ways to do the same take three times as long, twice a layer of every pipelined lap.
+        driver, side, compute = self._driver, self._channels[channel], self._compute.cuda_stream
+        stream = side.stream.cuda_stream
+        driver.record_event(side.sent.cuda_event, compute)
+        driver.wait_event(stream, side.sent.cuda_event)
+        driver.copy(outward.target.data_ptr(), outward.source.data_ptr(), _num_bytes(outward), stream)
+        driver.write_value(stream, self._flag_address(ready), value)
+        driver.wait_value(stream, self._flag_address(done), value)
+        driver.copy(back.target.data_ptr(), back.source.data_ptr(), _num_bytes(back), stream)
+        driver.record_event(side.back.cuda_event, stream)
+        return _Exchange(driver, compute, side.back.cuda_event, (outward, back))
 
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.torch_device)[0]
@@ -182,6 +187,10 @@ class CudaDevice(Device):
         if flag.address not in self._flag_addresses:
             self._flag_addresses[flag.address] = self._driver.device_address(flag.address)
         return self._flag_addresses[flag.address]
+
+
+def _num_bytes(transfer: Transfer) -> int:
+    return transfer.source.numel() * transfer.source.element_size()
 
 
 def usable_dtype(dtype: DType, index: int = 0) -> DType:

@@ -224,7 +224,8 @@ class Graphs:
 
     def record(self) -> str:
         """Record what time and memory allow, largest buckets first; says what was recorded, "" for nothing."""
-        work = [(graphs, size) for graphs in (self._lap, *self._stages) if graphs for size in reversed(graphs.sizes)]
+        sets = [graphs for graphs in (self._lap, *self._stages) if graphs is not None]
+        work = [(graphs, size) for graphs in sets for size in reversed(graphs.sizes)]
         if not work:
             return ""
         start_s, free_bytes, num_recorded = time.perf_counter(), self._device.free_bytes(), 0

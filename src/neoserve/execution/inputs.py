@@ -45,7 +45,7 @@ class LapInputs:
     sampling: tuple[Rows, ...]
 
 
-def _paged(rows: Sequence[Rows], tables: Sequence[Sequence[int]], first_row: int) -> tuple[slice, PagedBatch] | None:
+def _paged(rows: Sequence[Rows], tables: Sequence[Sequence[int] | np.ndarray], first_row: int) -> tuple[slice, PagedBatch] | None:
     if not rows:
         return None
     batch = PagedBatch(
