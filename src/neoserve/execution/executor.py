@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -111,7 +112,7 @@ class Executor:
         recording = lone_lap.recording() if lone_lap is not None else None
         stages: tuple[Stage, ...] = ()
         if recording is None:
-            stages = tuple(program(self.config.shape.num_layers, plan.spans))
+            stages = _stages(self.config.shape.num_layers, plan.spans)
             arm(stages, laps)
 
         def work() -> None:
@@ -169,3 +170,9 @@ class Executor:
         if self.pool is not None:
             self.pool.close()
         self.device.close()
+
+
+@lru_cache(maxsize=64)
+def _stages(num_layers: int, spans: tuple[Span, ...]) -> tuple[Stage, ...]:
+    """The program of an iteration; most iterations have the one of the iteration before."""
+    return tuple(program(num_layers, spans))
