@@ -37,9 +37,7 @@ def test_without_a_limit_all_that_is_available_is_free(tmp_path: Path, files: di
     assert free_host_bytes(tmp_path) > 2**20
 
 
-def test_auto_runs_without_a_host_tier_when_its_memory_is_refused(
-    tiny: Tiny, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_auto_runs_without_a_host_tier_when_its_memory_is_refused(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         with engine(tiny.path, offload="auto", device_kv_tokens=256, host_memory_bytes=FAR_TOO_MUCH) as core:
             assert core.worker_pool is None

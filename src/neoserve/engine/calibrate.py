@@ -59,9 +59,9 @@ def _fingerprint(executor: Executor) -> str:
     config: ResolvedConfig = executor.config
     facts = (
         config.shape, config.dtype, config.block_size, config.max_num_batched_tokens, config.max_num_seqs,
-        config.device_blocks, config.host_blocks, config.worker_cpus, config.enforce_eager, executor.device.name,
-        platform.processor(), os.cpu_count(), _native.default_instruction_set(), torch.__version__,
-        Path(__file__).read_bytes(),
+        config.device_blocks > 0, config.host_blocks > 0, config.worker_cpus, config.enforce_eager,
+        executor.device.name, platform.processor(), os.cpu_count(), _native.default_instruction_set(),
+        torch.__version__, torch.get_num_threads(), Path(__file__).read_bytes(),
     )  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from neoserve import _native
 from neoserve.core.config import DType, EngineConfig, ModelShape, ResolvedConfig
 from neoserve.core.errors import ConfigError
@@ -26,17 +28,18 @@ class Threads:
 
 
 def share_cpus(config: EngineConfig, device: Literal["cuda", "reference"], host_tier: bool) -> Threads:
-    """Divide the allowed CPUs between the worker pool and the engine (on the reference device, the model's threads)."""
+    """Divide the allowed CPUs between the worker pool and the engine (on the reference device, the model's threads,
+    of which there are no more than torch would take, so OMP_NUM_THREADS limits them)."""
     cpus = _native.allowed_cpus()
     if config.host_threads is not None and config.host_threads > len(cpus):
         raise ConfigError(
             f"--host-threads is {config.host_threads}, but this process may use only {len(cpus)} CPUs; lower it"
         )
     if not host_tier:
-        return Threads((), len(cpus))
+        return Threads((), min(len(cpus), torch.get_num_threads()))
     wanted = len(cpus) - ENGINE_THREADS if device == "cuda" else len(cpus) // 2
     num_workers = config.host_threads or max(1, wanted)
-    return Threads(tuple(cpus[-num_workers:]), max(1, len(cpus) - num_workers))
+    return Threads(tuple(cpus[-num_workers:]), max(1, min(len(cpus) - num_workers, torch.get_num_threads())))
 
 
 def batch_limits(config: EngineConfig, device: Literal["cuda", "reference"]) -> tuple[int, int]:

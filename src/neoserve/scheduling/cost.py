@@ -228,7 +228,7 @@ class CostModel:
         pre, post = _pre_parameters(shape), _post_parameters(shape)
         self._pre_share = pre / (pre + post)
         self._correction = dict.fromkeys(Kind, 1.0)
-        self._costs_of = lru_cache(maxsize=64)(self._stage_costs)  # candidates of an iteration share most loads
+        self._costs_of = lru_cache(maxsize=64)(self.stage_costs)  # candidates of an iteration share most loads
         self._errors: deque[float] = deque(maxlen=self._WINDOW)
 
     @property
@@ -278,7 +278,7 @@ class CostModel:
         new = old * (seen / old) ** self._WEIGHT
         self._correction[price.kind] = min(max(new, 1 / self._RANGE), self._RANGE)
 
-    def _stage_costs(self, load: Load) -> StageCosts:
+    def stage_costs(self, load: Load) -> StageCosts:
         table = self.table
         linear_us = table.linear.at(load.rows)
         attend_us = 0.0
