@@ -65,8 +65,9 @@ class Lap {
   Lap(const Lap&) = delete;
   Lap& operator=(const Lap&) = delete;
 
-  // Thread `thread`'s share of one layer: appends the new k and v, attends, and merges what it is the last to finish.
-  // No allocation, no lock. All threads of a layer must return before any begins the lap's next layer.
+  // Thread `thread`'s share of one layer, then what others have not begun: appends the new k and v, attends, and merges
+  // what it is the last to finish. No allocation, no lock. Each thread is to call this once a layer, and all must
+  // return before any begins the lap's next layer.
   void attend(int thread, const LayerMemory& memory) noexcept;
 
   // Bytes of K and V that one layer reads.

@@ -73,10 +73,44 @@ int64_t partial_floats(const Geometry& g) {
 // Upper bound of what any policy's tiles take, for heads in runs of up to 16 and vectors of up to 16 floats.
 int64_t scratch_bytes(const Geometry& g) {
   const int64_t heads = g.num_query_heads / g.num_kv_heads + 15;
-  const int64_t head_floats = 2 * (g.head_dim + 32) + 2 * 32 + 2 * 16;
-  const int64_t tile_floats = 2LL * g.block_size * g.head_dim + 16 * 32;
+  const int64_t head_floats = 2 * (g.head_dim + 32) + 2 * 128 + 2 * 16;
+  const int64_t tile_floats = 2LL * g.block_size * g.head_dim + 32 * 16;
   return (heads * head_floats + tile_floats + 16 * 16) * static_cast<int64_t>(sizeof(float));
 }
+
+// The items of one thread that nobody has claimed yet, [next, stop) of its list. The owner takes from the front, others
+// from the back.
+class alignas(64) Unclaimed {
+ public:
+  void reset(uint32_t count) { range_.store(count, std::memory_order_relaxed); }
+
+  int32_t count() const { return size(range_.load(std::memory_order_relaxed)); }
+
+  // Index of the item, or -1.
+  int32_t claim_first() {
+    uint64_t range = range_.load(std::memory_order_relaxed);
+    while (size(range) > 0) {
+      if (range_.compare_exchange_weak(range, range + kNext, std::memory_order_relaxed)) return next(range);
+    }
+    return -1;
+  }
+  int32_t claim_last() {
+    uint64_t range = range_.load(std::memory_order_relaxed);
+    while (size(range) > 0) {
+      if (range_.compare_exchange_weak(range, range - 1, std::memory_order_relaxed)) return stop(range) - 1;
+    }
+    return -1;
+  }
+
+ private:
+  static constexpr uint64_t kNext = uint64_t{1} << 32;  // next in the upper half, stop in the lower
+
+  static int32_t next(uint64_t range) { return static_cast<int32_t>(range >> 32); }
+  static int32_t stop(uint64_t range) { return static_cast<int32_t>(range & (kNext - 1)); }
+  static int32_t size(uint64_t range) { return stop(range) - next(range); }
+
+  std::atomic<uint64_t> range_{0};
+};
 
 struct Lap::State {
   LapShape shape;  // its arrays are the three vectors below
@@ -84,12 +118,54 @@ struct Lap::State {
   std::vector<int32_t> block_start;
   std::vector<int32_t> block_ids;
   AttendFunction attend;
+  int num_threads;
   Split split;
+  std::unique_ptr<Unclaimed[]> unclaimed;              // by thread
   std::unique_ptr<std::atomic<int32_t>[]> slots_open;  // by cut: partial results that are not there yet
+  std::atomic<int32_t> threads_busy;                   // that have not returned from this layer
   AlignedMemory partials;
   AlignedMemory scratch;
   int64_t scratch_stride;
+
+  const Item* items_of(int thread) const { return split.items.data() + split.thread_start[thread]; }
+  int32_t num_items(int thread) const { return split.thread_start[thread + 1] - split.thread_start[thread]; }
+
+  const Item* claim(int thread);
+  void finish(const Item& item, const LayerMemory& memory);
+  void leave_layer();
 };
+
+// The thread's own items first, then one of the thread that has most left.
+const Item* Lap::State::claim(int thread) {
+  const int32_t own = unclaimed[thread].claim_first();
+  if (own >= 0) return items_of(thread) + own;
+  for (;;) {
+    int slowest = 0;
+    for (int i = 1; i < num_threads; ++i) {
+      if (unclaimed[i].count() > unclaimed[slowest].count()) slowest = i;
+    }
+    if (unclaimed[slowest].count() <= 0) return nullptr;
+    const int32_t index = unclaimed[slowest].claim_last();
+    if (index >= 0) return items_of(slowest) + index;
+  }
+}
+
+// Whoever finishes the last item of a (row, kv head) merges its partial results.
+void Lap::State::finish(const Item& item, const LayerMemory& memory) {
+  if (item.partial < 0) return;
+  const int32_t index = split.cut_of_slot[item.partial];
+  if (slots_open[index].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+  const Cut& cut = split.cuts[index];
+  slots_open[index].store(cut.num_slots, std::memory_order_relaxed);
+  merge_partials(shape, memory, cut, static_cast<const float*>(partials.get()));
+}
+
+// The last thread to leave makes the lap ready for its next layer.
+void Lap::State::leave_layer() {
+  if (threads_busy.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+  threads_busy.store(num_threads, std::memory_order_relaxed);
+  for (int i = 0; i < num_threads; ++i) unclaimed[i].reset(num_items(i));
+}
 
 Lap::Lap(const LapShape& shape, int num_threads, const Policy& policy) {
   check_geometry(shape.geometry);
@@ -107,7 +183,11 @@ Lap::Lap(const LapShape& shape, int num_threads, const Policy& policy) {
   state->shape.block_start = state->block_start.data();
   state->shape.block_ids = state->block_ids.data();
   state->attend = attend;
+  state->num_threads = num_threads;
   state->split = split_lap(shape, num_threads);
+  state->unclaimed = std::make_unique<Unclaimed[]>(num_threads);
+  state->threads_busy = 1;
+  state->leave_layer();
   const std::vector<Cut>& cuts = state->split.cuts;
   state->slots_open = std::make_unique<std::atomic<int32_t>[]>(cuts.size());
   for (size_t i = 0; i < cuts.size(); ++i) state->slots_open[i] = cuts[i].num_slots;
@@ -120,21 +200,26 @@ Lap::Lap(const LapShape& shape, int num_threads, const Policy& policy) {
 Lap::~Lap() { delete state_; }
 
 void Lap::attend(int thread, const LayerMemory& memory) noexcept {
-  State& s = *state_;
-  const Item* first = s.split.items.data() + s.split.thread_start[thread];
-  const Item* last = s.split.items.data() + s.split.thread_start[thread + 1];
-  if (first == last) return;
-  float* partials = static_cast<float*>(s.partials.get());
-  s.attend({&s.shape, &memory, first, static_cast<int32_t>(last - first), partials,
-            static_cast<char*>(s.scratch.get()) + thread * s.scratch_stride});
-  for (const Item* item = first; item != last; ++item) {
-    if (item->partial < 0) continue;
-    const int32_t index = s.split.cut_of_slot[item->partial];
-    if (s.slots_open[index].fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
-    const Cut& cut = s.split.cuts[index];
-    s.slots_open[index].store(cut.num_slots, std::memory_order_relaxed);
-    merge_partials(s.shape, memory, cut, partials);
-  }
+  struct Context {
+    State& state;
+    int thread;
+    const LayerMemory& memory;
+  } context{*state_, thread, memory};
+
+  Share share;
+  share.lap = &state_->shape;
+  share.memory = &memory;
+  share.items = state_->items_of(thread);
+  share.num_items = state_->num_items(thread);
+  share.partials = static_cast<float*>(state_->partials.get());
+  share.scratch = static_cast<char*>(state_->scratch.get()) + thread * state_->scratch_stride;
+  share.context = &context;
+  share.claim = [](void* c) { return static_cast<Context*>(c)->state.claim(static_cast<Context*>(c)->thread); };
+  share.finish = [](void* c, const Item& item) {
+    static_cast<Context*>(c)->state.finish(item, static_cast<Context*>(c)->memory);
+  };
+  state_->attend(share);
+  state_->leave_layer();
 }
 
 int64_t Lap::kv_bytes() const {

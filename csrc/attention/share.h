@@ -6,7 +6,8 @@
 
 namespace neo {
 
-// One thread's items of one layer, in the order in which it attends them.
+// What one thread does at one layer: items of its own in the order in which it attends them, and what `claim` gives it
+// of others' when those fall behind.
 struct Share {
   const LapShape* lap;
   const LayerMemory* memory;
@@ -14,6 +15,10 @@ struct Share {
   int32_t num_items;
   float* partials;  // slots of partial_floats() each; see Item::partial
   void* scratch;    // scratch_bytes() for this thread alone, aligned to 64 bytes
+
+  void* context;                        // of the two functions
+  const Item* (*claim)(void* context);  // an item to attend now, the thread's own ones first and in order, or null
+  void (*finish)(void* context, const Item& item);  // to be called when a claimed item is attended
 };
 
 using AttendFunction = void (*)(const Share&);

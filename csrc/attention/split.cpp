@@ -10,6 +10,13 @@ namespace {
 // A cut costs two threads the start and the end of an item and one of them a merge: about what reading this takes.
 constexpr int64_t kCutCostBytes = 16 * 1024;
 
+// Threads do not all run alike: cores are shared with others, or with a sibling. A thread's share is therefore several
+// items, so that one that is done can take over from one that is late.
+#ifndef NEO_ITEMS_PER_SHARE
+#define NEO_ITEMS_PER_SHARE 12
+#endif
+constexpr int64_t kSmallestItemBytes = 128 * 1024;
+
 int64_t bytes_per_token(const Geometry& g) { return 2 * g.head_dim * (g.dtype == DType::kF32 ? 4 : 2); }
 
 // Walks the (row, kv head) pairs of a lap in order, with their place in one long line of tokens.
@@ -38,6 +45,13 @@ class Pairs {
   int64_t begin_ = 0;
 };
 
+int64_t count_tokens(const LapShape& shape) {
+  int64_t total = 0;
+  for (int b = 0; b < shape.num_rows; ++b)
+    total += static_cast<int64_t>(shape.lengths[b]) * shape.geometry.num_kv_heads;
+  return total;
+}
+
 // Where each thread's share ends, in the line of tokens.
 std::vector<int64_t> share_ends(const LapShape& shape, int num_threads) {
   int64_t total = 0;
@@ -60,28 +74,43 @@ std::vector<int64_t> share_ends(const LapShape& shape, int num_threads) {
   return ends;
 }
 
+// Tokens of the longest item.
+int64_t longest_item(const LapShape& shape, int num_threads) {
+  const int64_t smallest = kSmallestItemBytes / bytes_per_token(shape.geometry);
+  const int64_t tokens = std::max(count_tokens(shape) / num_threads / NEO_ITEMS_PER_SHARE, smallest);
+  return (tokens + shape.geometry.block_size - 1) / shape.geometry.block_size * shape.geometry.block_size;
+}
+
+// Appends tokens [first, stop) of a (row, kv head) as one item.
+void add_item(Split& split, const Pairs& pairs, int64_t first, int64_t stop) {
+  Item item{pairs.row(), pairs.kv_head(), static_cast<int32_t>(first), static_cast<int32_t>(stop), -1};
+  if (first > 0 || stop < pairs.end() - pairs.begin()) {
+    item.partial = static_cast<int32_t>(split.cut_of_slot.size());
+    if (first == 0) split.cuts.push_back({item.row, item.kv_head, item.partial, 0});
+    split.cuts.back().num_slots++;
+    split.cut_of_slot.push_back(static_cast<int32_t>(split.cuts.size()) - 1);
+  }
+  split.items.push_back(item);
+}
+
 }  // namespace
 
 Split split_lap(const LapShape& shape, int num_threads) {
   const std::vector<int64_t> ends = share_ends(shape, num_threads);
+  const int64_t longest = longest_item(shape, num_threads);
   Split split;
   split.thread_start.push_back(0);
   Pairs pairs(shape);
   int64_t position = 0;
   for (const int64_t end : ends) {
     while (position < end) {
-      const int64_t stop = std::min(end, pairs.end());
-      Item item{pairs.row(), pairs.kv_head(), static_cast<int32_t>(position - pairs.begin()),
-                static_cast<int32_t>(stop - pairs.begin()), -1};
-      if (item.first_token > 0 || stop < pairs.end()) {
-        item.partial = static_cast<int32_t>(split.cut_of_slot.size());
-        if (item.first_token == 0) split.cuts.push_back({item.row, item.kv_head, item.partial, 0});
-        split.cuts.back().num_slots++;
-        split.cut_of_slot.push_back(static_cast<int32_t>(split.cuts.size()) - 1);
-      }
-      split.items.push_back(item);
-      position = stop;
-      if (stop == pairs.end()) pairs.next();
+      const int64_t first = position - pairs.begin();
+      const int64_t stop = std::min(end, pairs.end()) - pairs.begin();
+      // A last piece of half the length or less stays with the one before it.
+      const int64_t item_stop = stop - first <= longest + longest / 2 ? stop : first + longest;
+      add_item(split, pairs, first, item_stop);
+      position = pairs.begin() + item_stop;
+      if (position == pairs.end()) pairs.next();
     }
     split.thread_start.push_back(static_cast<int32_t>(split.items.size()));
   }

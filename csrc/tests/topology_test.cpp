@@ -60,8 +60,7 @@ void test_order() {
   expect(machine, {0, 1, 2}, {0, 1, 2}, "a system that says nothing limits nothing");
   add_two_sockets(machine);
   expect(machine, kAll, {0, 2, 1, 3, 4, 6, 5, 7}, "physical cores first, by node");
-  expect(machine, {4, 5, 6, 7, 0}, {0, 6, 5, 7, 4},
-         "of a core whose first thread is forbidden, the second is the first");
+  expect(machine, {0, 4, 5, 6, 7}, {0, 6, 5, 7, 4}, "cores of which one thread is allowed, and one with two");
 }
 
 void test_cgroup_v2() {

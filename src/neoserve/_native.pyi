@@ -6,7 +6,6 @@ raise ValueError with their names and values; nothing here holds the GIL while i
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -72,11 +71,9 @@ class WorkerPool:
         within the deadline, or when the pool is closed."""
     def read_bandwidth(self, num_bytes: int, repeats: int = 3) -> float:
         """GB/s (10^9) at which the workers stream plain loads over fresh huge-page memory, best of `repeats`."""
-    def inject_fault(
-        self, kind: Literal["throw", "die", "stall"], *, after_tasks: int = 0, worker: int = -1
-    ) -> None:
-        """For tests of what happens then: worker `worker` (negative: from the last) will throw, end its thread, or
-        stall until the deadline passes, at the task after the next `after_tasks` ones."""
+    def inject_fault(self, kind: str, *, after_tasks: int = 0, worker: int = -1) -> None:
+        """For tests of what happens then: worker `worker` (negative: from the last) will "throw", "die" (its thread
+        ends) or "stall" until the deadline passes, at the task after the next `after_tasks` ones."""
     def close(self) -> None:
         """Drop all armed tasks (raising their `done`; the error says so), end the threads. May be called again."""
 

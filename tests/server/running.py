@@ -22,6 +22,14 @@ BOTH_TIERS = ("--device", "reference", "--dtype", "float32", "--max-model-len", 
               "--offload", "auto", "--device-kv-tokens", "256", "--host-memory", "8MiB")  # fmt: skip
 
 
+def neo(*arguments: str, env: dict[str, str] | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end."""
+    command = [sys.executable, "-m", "neoserve.cli.main", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, input=stdin, env={**os.environ, **(env or {})}
+    )
+
+
 class RunningServer:
     """The server's process; leaving the context kills it."""
 

@@ -18,7 +18,6 @@ CONTINUED: dict[str, Any] = {"continue_final_message": True}
 BAD = [
     # path, body, status, param, pattern of the message
     (COMPLETIONS, {}, 400, "prompt", "prompt is missing"),
-    (COMPLETIONS, {"prompt": ""}, 400, "prompt", "empty|at least one token"),
     (COMPLETIONS, {"prompt": []}, 400, "prompt", r"prompt is \[\]; expected a string"),
     (COMPLETIONS, {"prompt": 5}, 400, "prompt", "prompt is 5; expected a string"),
     (COMPLETIONS, {"prompt": [1, "a"]}, 400, "prompt", "expected a string, token ids, or a list"),
@@ -75,6 +74,7 @@ BAD = [
     (CHAT, HI | {"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
     (CHAT, HI | {"response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
     (CHAT, HI | CONTINUED | {"add_generation_prompt": True}, 400, "continue_final_message", "exclude"),
+    (CHAT, HI | {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, 400, "chat_template_kwargs", "may not have"),
     ("/tokenize", {}, 400, "prompt", "either prompt or messages"),
     ("/tokenize", {"prompt": "a", "messages": HI["messages"]}, 400, "prompt", "either prompt or messages"),
     ("/detokenize", {"tokens": [10**7]}, 400, "tokens", "token id 10000000"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import neoserve
 from neoserve.cli.options import HELP
 from neoserve.core.config import EngineConfig
-from tests.server.test_lifecycle import neo
+from tests.server.running import neo
 
 FLAGS = ("--device", "reference", "--dtype", "float32", "--max-model-len", "256", "--device-kv-tokens", "256",
          "--host-memory", "8MiB", "--temperature", "0")  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -16,16 +15,9 @@ import openai
 import psutil
 import pytest
 
-from tests.server.running import BOTH_TIERS, RunningServer
+from tests.server.running import BOTH_TIERS, RunningServer, neo
 
 LONG = {"prompt": "1, ", "max_tokens": 450, "ignore_eos": True, "temperature": 0}
-
-
-def neo(*arguments: str, env: dict[str, str] | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "neoserve.cli.main", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, input=stdin, env={**os.environ, **(env or {})}
-    )
 
 
 def test_a_killed_engine_fails_what_is_open_and_turns_health_into_503(tmp_path: Path) -> None:
@@ -89,6 +81,22 @@ def test_the_engine_ends_with_a_server_that_was_killed(tmp_path: Path) -> None:
         server.process.kill()
         server.process.wait()
         assert psutil.wait_procs([engine], timeout=5)[1] == []
+
+
+def test_ctrl_c_while_loading_ends_both_processes_without_a_traceback(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("wb") as stream:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "neoserve.cli.main", "serve", "--port", "0"], stdout=stream, stderr=stream
+        )
+    children: list[psutil.Process] = []
+    while not children:
+        time.sleep(0.02)
+        children = psutil.Process(server.pid).children()
+    server.send_signal(signal.SIGINT)
+    assert server.wait(timeout=30) != 0
+    assert psutil.wait_procs(children, timeout=5)[1] == []
+    assert "Traceback" not in log.read_text()
 
 
 def test_a_second_server_on_the_same_port_says_so_at_once() -> None:

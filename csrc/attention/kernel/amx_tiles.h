@@ -12,8 +12,8 @@
 namespace neo {
 namespace {
 
-// Tile registers. Intrinsics want them as literals: 0, 1 scores of 16 tokens; 2 K; 3 queries; 4 weights; 5, 6 V; 7 and
-// 0 accumulated values.
+// Tile registers, which the intrinsics want as literals: 0 and 1 scores of 16 tokens each, 2 K, 3 queries, 4 weights,
+// 5 V, 6 and 7 accumulated values.
 struct alignas(64) TileConfig {
   uint8_t palette = 1;
   uint8_t start_row = 0;
@@ -30,39 +30,25 @@ struct alignas(64) TileConfig {
 // Stores that tiles are loaded from must be done; the intrinsics do not say that they read memory.
 inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
 
-inline void transpose_16x16(const float* from, float* to, int to_stride) {
-  __m512 a[16], b[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_load_ps(from + 16 * i);
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-  }
+// to[h][t] = from[t][h] for 16 tokens and four heads: rows of 16 floats to rows of kChunk.
+inline void transpose_scores(const float* from, float* to) {
+  __m512 rows[4];  // 128-bit lane i: token 4 * i + j
 #pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    const auto lower = [](__m512 x, __m512 y) {
-      return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
-    };
-    const auto upper = [](__m512 x, __m512 y) {
-      return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
-    };
-    a[i] = lower(b[i], b[i + 2]);
-    a[i + 1] = upper(b[i], b[i + 2]);
-    a[i + 2] = lower(b[i + 1], b[i + 3]);
-    a[i + 3] = upper(b[i + 1], b[i + 3]);
+  for (int j = 0; j < 4; ++j) {
+    const float* at = from + j * 16;
+    __m512 row = _mm512_castps128_ps512(_mm_load_ps(at));
+    row = _mm512_mask_broadcast_f32x4(row, 0x00f0, _mm_load_ps(at + 4 * 16));
+    row = _mm512_mask_broadcast_f32x4(row, 0x0f00, _mm_load_ps(at + 8 * 16));
+    rows[j] = _mm512_mask_broadcast_f32x4(row, 0xf000, _mm_load_ps(at + 12 * 16));
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {  // lanes of rows 4k + (0..3), column 4 * lane + i
-    const __m512 low_even = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88);
-    const __m512 low_odd = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
-    const __m512 high_even = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88);
-    const __m512 high_odd = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
-    _mm512_storeu_ps(to + i * to_stride, _mm512_shuffle_f32x4(low_even, high_even, 0x88));
-    _mm512_storeu_ps(to + (i + 4) * to_stride, _mm512_shuffle_f32x4(low_odd, high_odd, 0x88));
-    _mm512_storeu_ps(to + (i + 8) * to_stride, _mm512_shuffle_f32x4(low_even, high_even, 0xdd));
-    _mm512_storeu_ps(to + (i + 12) * to_stride, _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd));
-  }
+  const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(rows[0], rows[1]));
+  const __m512d b = _mm512_castps_pd(_mm512_unpacklo_ps(rows[2], rows[3]));
+  const __m512d c = _mm512_castps_pd(_mm512_unpackhi_ps(rows[0], rows[1]));
+  const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(rows[2], rows[3]));
+  _mm512_storeu_ps(to, _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)));
+  _mm512_storeu_ps(to + kChunk, _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  _mm512_storeu_ps(to + 2 * kChunk, _mm512_castpd_ps(_mm512_unpacklo_pd(c, d)));
+  _mm512_storeu_ps(to + 3 * kChunk, _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
 }
 
 template <int kHeadDim>
@@ -73,7 +59,7 @@ class AmxTiles {
   using Vec = __m512;
   static constexpr int kDim = kHeadDim;
 
-  float* scores;  // [head][kMaxBlock]
+  float* scores;  // [head][kChunk]
   float* maxima;  // [head]
   float* sums;    // [head][16], to be added up
   float* values;  // [head][kDim], weighted
@@ -82,15 +68,15 @@ class AmxTiles {
     Scratch scratch(memory);
     const int heads = (group + 15) / 16 * 16;
     queries_ = scratch.take<BF16>(heads * kSteps * 32);
-    scores = scratch.take<float>(heads * kMaxBlock);
-    weights_ = scratch.take<BF16>(heads * kMaxBlock);
+    scores = scratch.take<float>(heads * kChunk);
+    weights_ = scratch.take<BF16>(heads * kChunk);
     maxima = scratch.take<float>(heads);
     sums = scratch.take<float>(heads * 16);
     values = scratch.take<float>(heads * kDim);
-    token_scores_ = scratch.take<float>(16 * 16);
-    last_values_ = scratch.take<BF16>(kMaxBlock * kDim);
+    token_scores_ = scratch.take<float>(32 * 16);
+    last_values_ = scratch.take<BF16>(32 * kDim);
     for (int i = 0; i < heads * kSteps * 32; ++i) queries_[i] = BF16{};
-    for (int i = 0; i < heads * kMaxBlock; ++i) weights_[i] = BF16{};
+    for (int i = 0; i < heads * kChunk; ++i) weights_[i] = BF16{};
     for (int i = 0; i < heads * kDim; ++i) values[i] = 0;
     configure(group < 16 ? group : 16);
   }
@@ -113,30 +99,42 @@ class AmxTiles {
     for (int d = 0; d < kDim; d += 16) Simd::store(v + d, Simd::mul(Simd::load(v + d), factor));
   }
 
-  void store_weights(int head, int token, Vec weights) { Simd::store(weights_ + head * kMaxBlock + token, weights); }
+  void store_weights(int head, int token, Vec weights) { Simd::store(weights_ + head * kChunk + token, weights); }
 
   // scores[h][t] = q[h] . k[t], and garbage for tokens past num_tokens.
-  void score(const BF16* k, int num_tokens, Prefetch& prefetch) {
-    NoPrefetch none;
+  void score(const Chunk<BF16>& chunk) {
     finish_stores();
     for (int head = 0; head < group_; head += 16) {
-      for (int token = 0; token < num_tokens; token += 16) {
-        if (head == 0) {
-          score_run(k + token * kDim, head, token, prefetch);
-        } else {
-          score_run(k + token * kDim, head, token, none);
-        }
+      for (int token = 0; token < chunk.num_tokens; token += 32) {
+        const int first = token / block_size_, second = (token + 16) / block_size_;
+        const bool both = token + 16 < chunk.num_tokens;
+        const int64_t at = token % block_size_ * kDim, second_at = (token + 16) % block_size_ * kDim;
+        score_run(chunk.tiles[first] + at, chunk.ahead[first] + at,
+                  both ? chunk.tiles[second] + second_at : chunk.tiles[first] + at,
+                  both ? chunk.ahead[second] + second_at : chunk.ahead[first] + at, head, token);
       }
     }
   }
 
   // values[h][d] += sum over t of weights[h][t] * v[t][d]
-  void accumulate(const BF16* v, int num_tokens, Prefetch& prefetch) {
-    if (num_tokens < block_size_) v = zero_padded(v, num_tokens);
-    NoPrefetch none;
+  void accumulate(Chunk<BF16> chunk) {
+    const BF16* v[kChunk / kSmallestBlock];
+    const char* ahead[kChunk / kSmallestBlock];
+    for (int i = 0; i < chunk.num_tiles; ++i) {
+      v[i] = chunk.tiles[i] + block_size_ * kDim;
+      ahead[i] = reinterpret_cast<const char*>(chunk.ahead[i] + block_size_ * kDim);
+    }
+    const int in_last = chunk.num_tokens - (chunk.num_tiles - 1) * block_size_;
+    if (in_last < block_size_) v[chunk.num_tiles - 1] = zero_padded(v[chunk.num_tiles - 1], in_last);
+    if (chunk.num_tokens % 32 != 0 && chunk.num_tokens % 32 <= 16) {
+      for (int h = 0; h < group_; ++h) store_weights(h, chunk.num_tokens / 32 * 32 + 16, Simd::zero());
+    }
     finish_stores();
-    accumulate_run(v, 0, prefetch);
-    for (int head = 16; head < group_; head += 16) accumulate_run(v, head, none);
+    for (int head = 0; head < group_; head += 16) {
+      int d = 0;
+      for (; d + 32 <= kDim; d += 32) accumulate_run<2>(v, ahead, chunk.num_tiles, head, d);
+      if (d < kDim) accumulate_run<1>(v, ahead, chunk.num_tiles, head, d);
+    }
     finish_stores();
   }
 
@@ -149,14 +147,14 @@ class AmxTiles {
 
   void configure(int heads) {
     TileConfig config;
+    config.set(0, 16, heads * 4);
     config.set(1, 16, heads * 4);
     config.set(2, 16, 64);
     config.set(3, 16, heads * 4);
     config.set(4, heads, block_size_ * 2);
     config.set(5, block_size_ / 2, 64);
-    config.set(6, block_size_ / 2, 64);
+    config.set(6, heads, 64);
     config.set(7, heads, 64);
-    config.set(0, heads, 64);
     _tile_loadconfig(&config);
   }
 
@@ -171,60 +169,68 @@ class AmxTiles {
     }
   }
 
-  template <class Ahead>
-  void score_run(const BF16* k, int head, int token, Ahead& ahead) {
+  // Scores of 16 tokens at `k` and 16 at `k2`, which may be the same.
+  void score_run(const BF16* k, const BF16* ahead, const BF16* k2, const BF16* ahead2, int head, int token) {
     const BF16* queries = queries_ + head * kSteps * 32;
+    _tile_zero(0);
     _tile_zero(1);
 #pragma GCC unroll 8
     for (int step = 0; step < kSteps; ++step) {
-      ahead.template step<16>();
-      _tile_loadd(2, k + step_dim(step), kDim * 2);
+      if (head == 0) {
+        ask_for_keys(ahead, step);
+        ask_for_keys(ahead2, step);
+      }
       _tile_loadd(3, queries + step * 16 * 32, 64);
+      _tile_loadd(2, k + step_dim(step), kDim * 2);
+      _tile_dpbf16ps(0, 2, 3);
+      _tile_loadd(2, k2 + step_dim(step), kDim * 2);
       _tile_dpbf16ps(1, 2, 3);
     }
-    _tile_stored(1, token_scores_, 64);
+    _tile_stored(0, token_scores_, 64);
+    _tile_stored(1, token_scores_ + 16 * 16, 64);
     finish_stores();
-    transpose_16x16(token_scores_, scores + head * kMaxBlock + token, kMaxBlock);
-  }
-
-  template <class Ahead>
-  void accumulate_run(const BF16* v, int head, Ahead& ahead) {
-    const long value_stride = kDim * 4, pair_stride = kDim * 4;
-    _tile_loadd(4, weights_ + head * kMaxBlock, kMaxBlock * 2);
-    float* at = values + head * kDim;
-    int d = 0;
-#pragma GCC unroll 8
-    for (; d + 32 <= kDim; d += 32) {
-      advance(ahead);
-      advance(ahead);
-      _tile_loadd(7, at + d, value_stride);
-      _tile_loadd(5, v + 2 * d, pair_stride);
-      _tile_dpbf16ps(7, 4, 5);
-      _tile_loadd(0, at + d + 16, value_stride);
-      _tile_loadd(6, v + 2 * d + 32, pair_stride);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_stored(7, at + d, value_stride);
-      _tile_stored(0, at + d + 16, value_stride);
-    }
-    if (d < kDim) {
-      advance(ahead);
-      _tile_loadd(7, at + d, value_stride);
-      _tile_loadd(5, v + 2 * d, pair_stride);
-      _tile_dpbf16ps(7, 4, 5);
-      _tile_stored(7, at + d, value_stride);
+    const int left = group_ - head, heads = left < 16 ? left : 16;
+    for (int h = 0; h < heads; h += 4) {
+      float* to = scores + (head + h) * kChunk + token;
+      transpose_scores(token_scores_ + h, to);
+      transpose_scores(token_scores_ + 16 * 16 + h, to + 16);
     }
   }
 
-  template <class Ahead>
-  void advance(Ahead& ahead) {
-    if (block_size_ == 16) {
-      ahead.template step<8>();
-    } else {
-      ahead.template step<16>();
+  // 16 of the lines of 16 tokens, or what is left of them.
+  static void ask_for_keys(const BF16* ahead, int step) {
+    const char* base = reinterpret_cast<const char*>(ahead);
+#pragma GCC unroll 16
+    for (int at = step * 16 * kCacheLine; at < (step + 1) * 16 * kCacheLine && at < 16 * kDim * 2; at += kCacheLine) {
+      prefetch(base + at);
     }
   }
 
-  // A copy of V in a block that is not full; what lies behind its tokens may not be a number. The weights there, too.
+  // Accumulates kTiles * 16 dims, for 16 heads.
+  template <int kTiles>
+  void accumulate_run(const BF16* const* v, const char* const* ahead, int num_tiles, int head, int dim) {
+    const long row_bytes = kDim * 4;  // of a pair of tokens' V, and of a head's values
+    float* at = values + head * kDim + dim;
+    _tile_loadd(6, at, row_bytes);
+    if constexpr (kTiles == 2) _tile_loadd(7, at + 16, row_bytes);
+    for (int i = 0; i < num_tiles; ++i) {
+      if (head == 0) {
+        const char* lines = ahead[i] + dim * block_size_ * 2;
+        for (int line = 0; line < kTiles * block_size_ / 2; ++line) prefetch(lines + line * kCacheLine);
+      }
+      _tile_loadd(4, weights_ + head * kChunk + i * block_size_, kChunk * 2);
+      _tile_loadd(5, v[i] + 2 * dim, row_bytes);
+      _tile_dpbf16ps(6, 4, 5);
+      if constexpr (kTiles == 2) {
+        _tile_loadd(5, v[i] + 2 * dim + 32, row_bytes);
+        _tile_dpbf16ps(7, 4, 5);
+      }
+    }
+    _tile_stored(6, at, row_bytes);
+    if constexpr (kTiles == 2) _tile_stored(7, at + 16, row_bytes);
+  }
+
+  // A copy of V in a block that is not full; what lies behind its tokens may not be a number.
   const BF16* zero_padded(const BF16* v, int num_tokens) {
     const int pairs = (num_tokens + 1) / 2;
     for (int i = 0; i < pairs * kDim; i += 16) {
@@ -233,17 +239,14 @@ class AmxTiles {
     for (int i = pairs * kDim; i < block_size_ / 2 * kDim; i += 16) {
       _mm512_store_si512(last_values_ + 2 * i, _mm512_setzero_si512());
     }
-    if (num_tokens <= 16) {
-      for (int h = 0; h < group_; ++h) store_weights(h, 16, Simd::zero());
-    }
     return last_values_;
   }
 
   int group_;
   int block_size_;
   BF16* queries_;        // see pack_query
-  BF16* weights_;        // [head][kMaxBlock]
-  float* token_scores_;  // [16 tokens][16 heads]
+  BF16* weights_;        // [head][kChunk]
+  float* token_scores_;  // [32 tokens][16 heads]
   BF16* last_values_;    // a block's V
 };
 

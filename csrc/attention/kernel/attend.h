@@ -7,10 +7,15 @@
 #include "attention/kernel/stream.h"
 #include "attention/share.h"
 
+#ifndef NEO_CHUNK
+#define NEO_CHUNK 64
+#endif
+
 namespace neo {
 namespace {
 
-constexpr int kMaxBlock = 32;
+constexpr int kChunk = NEO_CHUNK;  // tokens between two looks at the running maximum
+constexpr int kSmallestBlock = 16;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.69314718f;
 constexpr float kLowest = -3.0e38f;  // below any score; not infinity, so that differences stay numbers
@@ -33,7 +38,16 @@ void append_token(const Element* key, const Element* value, Element* tile, int b
   }
 }
 
-// Scores [head][token] of one tile into weights; running maximum and sum of each head follow, and the accumulated
+// Tiles that are attended together.
+template <class Element>
+struct Chunk {
+  int num_tokens;
+  int num_tiles;
+  const Element* tiles[kChunk / kSmallestBlock];
+  const Element* ahead[kChunk / kSmallestBlock];  // to be asked for as the tile beside it is read
+};
+
+// Scores [head][token] of one chunk into weights; running maximum and sum of each head follow, and the accumulated
 // values are rescaled where the maximum grew. Scores are turned into log2 units by `scale`.
 template <class Tiles>
 void online_softmax(Tiles& tiles, int num_heads, int num_tokens, float scale) {
@@ -42,7 +56,7 @@ void online_softmax(Tiles& tiles, int num_heads, int num_tokens, float scale) {
   constexpr int kWidth = Simd::kWidth;
   const int padded = (num_tokens + kWidth - 1) / kWidth * kWidth;
   for (int h = 0; h < num_heads; ++h) {
-    float* scores = tiles.scores + h * kMaxBlock;
+    float* scores = tiles.scores + h * kChunk;
     for (int t = num_tokens; t < padded; ++t) scores[t] = kLowest;
     const Vec factor = Simd::broadcast(scale);
     Vec highest = Simd::broadcast(kLowest);
@@ -95,37 +109,56 @@ void finish_item(const Tiles& tiles, const Share& share, const Item& item) {
 }
 
 template <class Tiles>
-void attend(const Share& share) {
+void attend_item(Tiles& tiles, const Share& share, const Item& item, TileStream& stream) {
   using Element = typename Tiles::Element;
-  constexpr int kDim = Tiles::kDim;
+  constexpr int64_t kDim = Tiles::kDim;
   const LapShape& lap = *share.lap;
   const Geometry& g = lap.geometry;
   const int group = g.num_query_heads / g.num_kv_heads;
-  const int64_t tile_elements = 2LL * g.block_size * kDim;
-
-  Tiles tiles(share.scratch, group, g.block_size);
-  TileWalk walk(share, tile_elements * sizeof(Element));
-  Prefetch prefetch(share, tile_elements * sizeof(Element));
-  for (const Item* item = share.items; item != share.items + share.num_items; ++item) {
-    const int64_t row_heads = g.num_query_heads + 2LL * g.num_kv_heads;
-    const Element* row = static_cast<const Element*>(share.memory->qkv) + item->row * row_heads * kDim;
-    tiles.start_item(row + static_cast<int64_t>(item->kv_head) * group * kDim);
-    for (int token = item->first_token; token < item->stop_token; token += g.block_size) {
-      const int left = item->stop_token - token;
-      const int num_tokens = left < g.block_size ? left : g.block_size;
-      Element* tile = reinterpret_cast<Element*>(const_cast<char*>(walk.next()));
-      if (left <= g.block_size && item->stop_token == lap.lengths[item->row]) {
-        const Element* key = row + (g.num_query_heads + item->kv_head) * static_cast<int64_t>(kDim);
-        append_token<Element, kDim>(key, key + static_cast<int64_t>(g.num_kv_heads) * kDim, tile, g.block_size,
-                                    num_tokens - 1);
-      }
-      prefetch.start_tile();
-      tiles.score(tile, num_tokens, prefetch);
-      online_softmax(tiles, group, num_tokens, lap.scale * kLog2E);
-      tiles.accumulate(tile + g.block_size * kDim, num_tokens, prefetch);
-      prefetch.finish_tile();
+  const Element* row =
+      static_cast<const Element*>(share.memory->qkv) + item.row * (g.num_query_heads + 2LL * g.num_kv_heads) * kDim;
+  tiles.start_item(row + item.kv_head * group * kDim);
+  for (int token = item.first_token; token < item.stop_token; token += kChunk) {
+    const int left = item.stop_token - token;
+    Chunk<Element> chunk;
+    chunk.num_tokens = left < kChunk ? left : kChunk;
+    chunk.num_tiles = (chunk.num_tokens + g.block_size - 1) / g.block_size;
+    Element* tile = nullptr;
+    for (int i = 0; i < chunk.num_tiles; ++i) {
+      const StreamedTile streamed = stream.next();
+      chunk.tiles[i] = tile = reinterpret_cast<Element*>(streamed.address);
+      chunk.ahead[i] = reinterpret_cast<const Element*>(streamed.ahead);
     }
-    finish_item(tiles, share, *item);
+    if (left <= kChunk && item.stop_token == lap.lengths[item.row]) {
+      const Element* key = row + (g.num_query_heads + item.kv_head) * kDim;
+      const int place = (item.stop_token - 1) % g.block_size;
+      append_token<Element, kDim>(key, key + g.num_kv_heads * kDim, tile, g.block_size, place);
+    }
+    tiles.score(chunk);
+    online_softmax(tiles, group, chunk.num_tokens, lap.scale * kLog2E);
+    tiles.accumulate(chunk);
+  }
+  finish_item(tiles, share, item);
+}
+
+template <class Tiles>
+void attend(const Share& share) {
+  constexpr int64_t kRowBytes = Tiles::kDim * sizeof(typename Tiles::Element);
+  const Geometry& g = share.lap->geometry;
+  Tiles tiles(share.scratch, g.num_query_heads / g.num_kv_heads, g.block_size);
+  const Item* const own_last = share.items + share.num_items;
+  const Item* item = share.claim(share.context);
+  if (item >= share.items && item < own_last) {
+    TileStream stream(share, item, own_last, kRowBytes);
+    for (; item >= share.items && item < own_last; item = share.claim(share.context)) {
+      attend_item(tiles, share, *item, stream);
+      share.finish(share.context, *item);
+    }
+  }
+  for (; item; item = share.claim(share.context)) {
+    TileStream stream(share, item, item + 1, kRowBytes);
+    attend_item(tiles, share, *item, stream);
+    share.finish(share.context, *item);
   }
 }
 

@@ -1,5 +1,5 @@
-// The order in which a share reads the KV, and prefetching along it. For the files of one instruction set only: all is
-// local to the file that includes it.
+// The order in which the KV is read, and prefetching along it. For the files of one instruction set only: all is local
+// to the file that includes it.
 #pragma once
 
 #include "attention/share.h"
@@ -9,86 +9,94 @@ namespace {
 
 constexpr int kCacheLine = 64;
 
-// How far ahead of its use the KV is asked for. Measured: docs/log.md.
+// How far ahead of its use the KV is asked for, and into which cache. Measured: docs/log.md.
 #ifndef NEO_PREFETCH_BYTES
-#define NEO_PREFETCH_BYTES 65536
-#define NEO_PREFETCH_LOCALITY 2
+#define NEO_PREFETCH_BYTES 16384
+#define NEO_PREFETCH_INSTRUCTION "prefetcht0"
 #endif
 
-// The (block, kv head) tiles of a share, in the order of attention.
+// Volatile, or the compiler would gather the prefetches of an unrolled loop in front of it: in a burst the line fill
+// buffers run full, and later they run empty.
+inline void prefetch(const void* address) {
+#if defined(__x86_64__)
+  __asm__ volatile(NEO_PREFETCH_INSTRUCTION " %0" ::"m"(*static_cast<const char*>(address)));
+#else
+  __builtin_prefetch(address);
+#endif
+}
+
+// K and V of one (block, kv head), of which the first tokens count; null past the end.
+struct Tile {
+  char* address;
+  int32_t num_tokens;
+};
+
+// The tiles of some items, in the order of attention.
 class TileWalk {
  public:
-  TileWalk(const Share& share, int64_t tile_bytes) : share_(share), tile_bytes_(tile_bytes) { enter(); }
+  TileWalk(const Share& share, const Item* first, const Item* last, int64_t tile_bytes)
+      : share_(share), item_(first), last_(last), token_(first->first_token), tile_bytes_(tile_bytes) {}
 
-  // Address of the next tile; past the last one, the last one again.
-  const char* next() {
-    if (block_ == stop_block_ && item_ + 1 < share_.num_items) {
-      ++item_;
-      enter();
-    }
-    if (block_ == stop_block_) return last_;
+  Tile next() {
+    if (item_ == last_) return {nullptr, 0};
     const Geometry& g = share_.lap->geometry;
-    const int64_t tile = static_cast<int64_t>(*block_++) * g.num_kv_heads + share_.items[item_].kv_head;
-    return last_ = static_cast<const char*>(share_.memory->kv) + tile * tile_bytes_;
-  }
-
- private:
-  void enter() {
-    const Item& item = share_.items[item_];
-    const int32_t block_size = share_.lap->geometry.block_size;
-    const int32_t* blocks = share_.lap->block_ids + share_.lap->block_start[item.row];
-    block_ = blocks + item.first_token / block_size;
-    stop_block_ = blocks + (item.stop_token + block_size - 1) / block_size;
-  }
-
-  const Share& share_;
-  int64_t tile_bytes_;
-  int32_t item_ = 0;
-  const int32_t* block_;
-  const int32_t* stop_block_;
-  const char* last_ = nullptr;
-};
-
-// Asks for the tile some way ahead, line by line, as steadily as the current tile is read. In bursts the line fill
-// buffers run full in one moment and empty in the next.
-class Prefetch {
- public:
-  Prefetch(const Share& share, int64_t tile_bytes) : walk_(share, tile_bytes), tile_bytes_(tile_bytes) {
-    const int64_t tiles_ahead = (NEO_PREFETCH_BYTES + tile_bytes - 1) / tile_bytes;
-    for (int64_t i = 0; i < tiles_ahead; ++i) {
-      start_tile();
-      finish_tile();
+    const int32_t* blocks = share_.lap->block_ids + share_.lap->block_start[item_->row];
+    const int64_t tile = static_cast<int64_t>(blocks[token_ / g.block_size]) * g.num_kv_heads + item_->kv_head;
+    const int32_t left = item_->stop_token - token_;
+    if (left > g.block_size) {
+      token_ += g.block_size;
+    } else if (++item_ != last_) {
+      token_ = item_->first_token;
     }
-  }
-
-  void start_tile() {
-    next_ = walk_.next();
-    stop_ = next_ + tile_bytes_;
-  }
-
-  // To be called where `kLines` lines of the current tile are read.
-  template <int kLines>
-  void step() {
-    for (int i = 0; i < kLines; ++i) __builtin_prefetch(next_ + i * kCacheLine, 0, NEO_PREFETCH_LOCALITY);
-    next_ += kLines * kCacheLine;
-  }
-
-  // Asks for what a tile that is not full left out.
-  void finish_tile() {
-    for (; next_ < stop_; next_ += kCacheLine) __builtin_prefetch(next_, 0, NEO_PREFETCH_LOCALITY);
+    return {static_cast<char*>(share_.memory->kv) + tile * tile_bytes_, left < g.block_size ? left : g.block_size};
   }
 
  private:
-  TileWalk walk_;
+  const Share& share_;
+  const Item* item_;
+  const Item* last_;
+  int32_t token_;
   int64_t tile_bytes_;
-  const char* next_ = nullptr;
-  const char* stop_ = nullptr;
 };
 
-// Stands in for Prefetch where a tile is read again for further heads.
-struct NoPrefetch {
-  template <int kLines>
-  void step() {}
+// A tile to attend now, and one to ask for meanwhile: line for line, as steadily as this one is read.
+struct StreamedTile {
+  char* address;
+  const char* ahead;
+};
+
+class TileStream {
+ public:
+  TileStream(const Share& share, const Item* first, const Item* last, int64_t row_bytes)
+      : block_size_(share.lap->geometry.block_size),
+        row_bytes_(row_bytes),
+        tile_bytes_(2 * block_size_ * row_bytes),
+        now_(share, first, last, tile_bytes_),
+        ahead_(share, first, last, tile_bytes_) {
+    const int64_t tiles_ahead = (NEO_PREFETCH_BYTES + tile_bytes_ - 1) / tile_bytes_;
+    for (int64_t i = 0; i < tiles_ahead; ++i) ask(ahead_.next());
+  }
+
+  StreamedTile next() {
+    const Tile now = now_.next(), ahead = ahead_.next();
+    if (now.num_tokens == block_size_ && ahead.num_tokens == block_size_) return {now.address, ahead.address};
+    ask(ahead);
+    return {now.address, now.address};
+  }
+
+ private:
+  // Asks for a whole tile at once, but for nothing that does not count.
+  void ask(const Tile& tile) {
+    const int64_t num_bytes = (tile.num_tokens + 1) / 2 * 2 * row_bytes_;
+    for (int64_t at = 0; at < num_bytes; at += kCacheLine) prefetch(tile.address + at);
+    for (int64_t at = 0; at < num_bytes; at += kCacheLine) prefetch(tile.address + tile_bytes_ / 2 + at);
+  }
+
+  int32_t block_size_;
+  int64_t row_bytes_;
+  int64_t tile_bytes_;
+  TileWalk now_;
+  TileWalk ahead_;
 };
 
 }  // namespace

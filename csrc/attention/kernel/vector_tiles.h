@@ -38,7 +38,7 @@ class VectorTiles {
   using Vec = typename Simd::Vec;
   static constexpr int kDim = kHeadDim;
 
-  float* scores;  // [head][kMaxBlock]
+  float* scores;  // [head][kChunk]
   float* maxima;  // [head]
   float* sums;    // [head][kWidth], to be added up
   float* values;  // [head][kDim], weighted
@@ -47,13 +47,13 @@ class VectorTiles {
     Scratch scratch(memory);
     const int heads = group + kMaxHeads - 1;  // the last heads' products may be padded
     queries_ = scratch.take<typename Math::Query>(heads * kQuerySize);
-    scores = scratch.take<float>(heads * kMaxBlock);
-    weights_ = scratch.take<typename Math::Weight>(heads * kMaxBlock);
+    scores = scratch.take<float>(heads * kChunk);
+    weights_ = scratch.take<typename Math::Weight>(heads * kChunk);
     maxima = scratch.take<float>(heads);
     sums = scratch.take<float>(heads * kWidth);
     values = scratch.take<float>(heads * kDim);
     for (int i = 0; i < heads * kQuerySize; ++i) queries_[i] = typename Math::Query{};
-    for (int i = 0; i < heads * kMaxBlock; ++i) weights_[i] = typename Math::Weight{};
+    for (int i = 0; i < heads * kChunk; ++i) weights_[i] = typename Math::Weight{};
     for (int i = 0; i < heads * kDim; ++i) values[i] = 0;
   }
 
@@ -73,23 +73,32 @@ class VectorTiles {
   }
 
   void store_weights(int head, int token, Vec weights) {
-    Math::store_weights(weights_ + head * kMaxBlock + token, weights);
+    Math::store_weights(weights_ + head * kChunk + token, weights);
   }
 
   // scores[h][t] = q[h] . k[t], and garbage for tokens past num_tokens.
-  void score(const Element* k, int num_tokens, Prefetch& prefetch) {
-    for_head_runs(prefetch, [&](auto count, int head, auto& ahead) {
-      constexpr int kHeads = decltype(count)::value;
-      for (int t = 0; t < num_tokens; t += kWidth / kHeads) score_run<kHeads>(k, head, t, ahead);
+  void score(const Chunk<Element>& chunk) {
+    for_head_runs([&](auto num_heads, auto first_run, int head) {
+      constexpr int kHeads = decltype(num_heads)::value;
+      for (int i = 0; i < chunk.num_tiles; ++i) {
+        const int left = chunk.num_tokens - i * block_size_;
+        const int num_tokens = left < block_size_ ? left : block_size_;
+        float* to = scores + head * kChunk + i * block_size_;
+        for (int t = 0; t < num_tokens; t += kWidth / kHeads) {
+          const int64_t at = t * kDim;
+          score_run<kHeads, first_run.value>(chunk.tiles[i] + at, chunk.ahead[i] + at, queries_ + head * kQuerySize,
+                                             to + t);
+        }
+      }
     });
   }
 
   // values[h][d] += sum over t of weights[h][t] * v[t][d]
-  void accumulate(const Element* v, int num_tokens, Prefetch& prefetch) {
-    for_head_runs(prefetch, [&](auto count, int head, auto& ahead) {
-      constexpr int kHeads = decltype(count)::value;
+  void accumulate(const Chunk<Element>& chunk) {
+    for_head_runs([&](auto num_heads, auto first_run, int head) {
+      constexpr int kHeads = decltype(num_heads)::value;
       constexpr int kVecs = divisor_up_to(kDim / kWidth, Simd::kAccumulators / kHeads);
-      for (int d = 0; d < kDim; d += kVecs * kWidth) accumulate_run<kHeads, kVecs>(v, head, d, num_tokens, ahead);
+      for (int d = 0; d < kDim; d += kVecs * kWidth) accumulate_run<kHeads, kVecs, first_run.value>(chunk, head, d);
     });
   }
 
@@ -100,56 +109,51 @@ class VectorTiles {
   static constexpr int kSteps = (kDim + kStep - 1) / kStep;
   static constexpr int kQuerySize = kSteps * kStep;
 
-  // Heads share each load of K and V in runs of 4, 2 or 1. Only the first run over a tile reads it from memory.
+  // Heads share each load of K and V in runs of 4, 2 or 1. Only the first run over a chunk reads it from memory.
   template <class Body>
-  void for_head_runs(Prefetch& prefetch, Body body) {
-    NoPrefetch none;
-    const auto run = [&](auto& ahead, int head) {
-      const int left = group_ - head;
-      if (left >= 3) {
-        body(Count<4>(), head, ahead);
-        return 4;
-      }
-      if (left == 2) {
-        body(Count<2>(), head, ahead);
-        return 2;
-      }
-      body(Count<1>(), head, ahead);
-      return 1;
-    };
-    int head = run(prefetch, 0);
-    while (head < group_) head += run(none, head);
+  void for_head_runs(Body body) {
+    int head = run_heads(0, Count<true>(), body);
+    while (head < group_) head += run_heads(head, Count<false>(), body);
+  }
+
+  template <class FirstRun, class Body>
+  int run_heads(int head, FirstRun first_run, Body& body) {
+    const int left = group_ - head;
+    if (left >= 3) {
+      body(Count<4>(), first_run, head);
+      return 4;
+    }
+    if (left == 2) {
+      body(Count<2>(), first_run, head);
+      return 2;
+    }
+    body(Count<1>(), first_run, head);
+    return 1;
   }
 
   // kWidth scores: of kHeads heads with kWidth / kHeads tokens each.
-  template <int kHeads, class Ahead>
-  void score_run(const Element* k, int head, int token, Ahead& ahead) {
+  template <int kHeads, bool kAsk>
+  void score_run(const Element* keys, const Element* ahead, const typename Math::Query* queries, float* to) {
     Vec dots[kWidth];
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) dots[i] = Simd::zero();
-    const Element* keys = k + token * kDim;
-    const typename Math::Query* queries = queries_ + head * kQuerySize;
-    for (int step = 0; step < kDim / kStep; ++step) {
-      score_step<kHeads, kStep>(dots, keys + step * kStep, queries + step * kStep, step, ahead);
+    for (int d = 0; d + kStep <= kDim; d += kStep) {
+      score_step<kHeads, kStep, kAsk>(dots, keys + d, ahead + d * (kWidth / kHeads), queries + d);
     }
     if constexpr (kDim % kStep != 0) {
       constexpr int kDone = kDim / kStep * kStep;
-      score_step<kHeads, kDim - kDone>(dots, keys + kDone, queries + kDone, kDim / kStep, ahead);
+      score_step<kHeads, kDim - kDone, kAsk>(dots, keys + kDone, ahead + kDone * (kWidth / kHeads), queries + kDone);
     }
-    Simd::template store_sums<kHeads>(dots, scores + head * kMaxBlock + token, kMaxBlock);
+    Simd::template store_sums<kHeads>(dots, to, kChunk);
   }
 
-  template <int kHeads, int kCount, class Ahead>
-  void score_step(Vec* dots, const Element* keys, const typename Math::Query* queries, int step, Ahead& ahead) {
+  // `ahead` is asked for in the order of memory, not in that of the keys: the processor's own prefetch follows.
+  template <int kHeads, int kCount, bool kAsk>
+  void score_step(Vec* dots, const Element* keys, const Element* ahead, const typename Math::Query* queries) {
     constexpr int kTokens = kWidth / kHeads;
-    constexpr int kBytes = kTokens * kStep * static_cast<int>(sizeof(Element));
-    if constexpr (kBytes >= kCacheLine) {
-      ahead.template step<kBytes / kCacheLine>();
-    } else if (step % (kCacheLine / kBytes) == 0) {
-      ahead.template step<1>();
-    }
 #pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) {
+      if constexpr (kAsk) ask_for<kCount>(ahead, t * kCount);
       const auto key = Math::template load_keys<kCount>(keys + t * kDim);
 #pragma GCC unroll 4
       for (int h = 0; h < kHeads; ++h) {
@@ -158,9 +162,16 @@ class VectorTiles {
     }
   }
 
-  template <int kHeads, int kVecs, class Ahead>
-  void accumulate_run(const Element* v, int head, int dim, int num_tokens, Ahead& ahead) {
-    constexpr int kPairBytes = 2 * kVecs * kWidth * static_cast<int>(sizeof(Element));
+  // The cache lines that begin in elements [index, index + kCount) of `base`, which begins a line.
+  template <int kCount>
+  static void ask_for(const Element* base, int index) {
+    constexpr int kPerLine = kCacheLine / static_cast<int>(sizeof(Element));
+#pragma GCC unroll 4
+    for (int i = (index + kPerLine - 1) / kPerLine * kPerLine; i < index + kCount; i += kPerLine) prefetch(base + i);
+  }
+
+  template <int kHeads, int kVecs, bool kAsk>
+  void accumulate_run(const Chunk<Element>& chunk, int head, int dim) {
     Vec mixed[kHeads][kVecs];
     float* at = values + head * kDim + dim;
 #pragma GCC unroll 4
@@ -168,20 +179,22 @@ class VectorTiles {
 #pragma GCC unroll 16
       for (int i = 0; i < kVecs; ++i) mixed[h][i] = Simd::load(at + h * kDim + i * kWidth);
     }
-    const typename Math::Weight* weights = weights_ + head * kMaxBlock;
-    for (int t = 0; t < num_tokens; t += 2) {
-      if constexpr (kPairBytes >= kCacheLine) {
-        ahead.template step<kPairBytes / kCacheLine>();
-      } else if (t % (2 * kCacheLine / kPairBytes) == 0) {
-        ahead.template step<1>();
-      }
-      const bool whole = t + 1 < num_tokens;
+    for (int tile = 0; tile < chunk.num_tiles; ++tile) {
+      const int left = chunk.num_tokens - tile * block_size_;
+      const int num_tokens = left < block_size_ ? left : block_size_;
+      const Element* v = chunk.tiles[tile] + block_size_ * kDim;
+      const Element* ahead = chunk.ahead[tile] + block_size_ * kDim + dim * block_size_;
+      const typename Math::Weight* weights = weights_ + head * kChunk + tile * block_size_;
+      for (int t = 0; t < num_tokens; t += 2) {
+        const bool whole = t + 1 < num_tokens;
 #pragma GCC unroll 16
-      for (int i = 0; i < kVecs; ++i) {
-        const auto pair = Math::template load_values<kDim>(v, t, dim + i * kWidth, whole);
+        for (int i = 0; i < kVecs; ++i) {
+          if constexpr (kAsk) ask_for<2 * kWidth>(ahead + t * kVecs * kWidth, i * 2 * kWidth);
+          const auto pair = Math::template load_values<kDim>(v, t, dim + i * kWidth, whole);
 #pragma GCC unroll 4
-        for (int h = 0; h < kHeads; ++h) {
-          mixed[h][i] = Math::mix(mixed[h][i], pair, weights + h * kMaxBlock + t);
+          for (int h = 0; h < kHeads; ++h) {
+            mixed[h][i] = Math::mix(mixed[h][i], pair, weights + h * kChunk + t);
+          }
         }
       }
     }
@@ -195,7 +208,7 @@ class VectorTiles {
   int group_;
   int block_size_;
   typename Math::Query* queries_;   // [head][kQuerySize]
-  typename Math::Weight* weights_;  // [head][kMaxBlock]
+  typename Math::Weight* weights_;  // [head][kChunk]
 };
 
 }  // namespace

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Annotated
 
@@ -16,6 +15,7 @@ from neoserve.cli.info import info
 from neoserve.cli.options import engine_options
 from neoserve.cli.serve import serve
 from neoserve.core.errors import NeoError
+from neoserve.core.logs import log_to_stderr
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,18 +47,12 @@ def options(
 
 def main() -> None:
     """Run `neo`. An error of ours is one line and exit code 2, not a traceback."""
-    logging.basicConfig(format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    for noisy in ("httpx", "uvicorn.error"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    log_to_stderr()
     try:
         app()
     except NeoError as error:
-        sys.exit(_fail(error))
-
-
-def _fail(error: NeoError) -> int:
-    print(f"neo: {error}", file=sys.stderr)
-    return 2
+        print(f"neo: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

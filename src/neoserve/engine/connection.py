@@ -62,6 +62,11 @@ class EngineProcess:
             receiving.cancel()
             ended.cancel()
 
+    def kill(self) -> None:
+        """End the process at once, if it has not ended."""
+        if self.process.returncode is None:
+            self.process.kill()
+
     async def end(self) -> None:
         """Ask the process to stop, kill it when it does not, and clean up."""
         if self.process.returncode is None:
@@ -70,7 +75,7 @@ class EngineProcess:
                 await asyncio.wait_for(self.process.wait(), _STOP_S)
             except TimeoutError:
                 log.warning("the engine process did not stop within %g s and is killed", _STOP_S)
-                self.process.kill()
+                self.kill()
                 await self.process.wait()
         self._socket.close(linger=0)
         shutil.rmtree(self._directory, ignore_errors=True)

@@ -15,6 +15,7 @@ import traceback
 import zmq
 
 from neoserve.core.errors import ConfigError, InvalidRequestError, NeoError, QueueFullError
+from neoserve.core.logs import log_to_stderr
 from neoserve.engine.core import EngineCore
 from neoserve.engine.messages import (
     Abort,
@@ -118,12 +119,13 @@ def _add(core: EngineCore, message: Add) -> Accepted | Refused:
 
 def _end_with_front_end() -> None:
     """End this process, whatever it is doing, when the pipe from the front end closes."""
-    sys.stdin.buffer.read()
+    os.read(0, 1)  # returns at the end of the pipe; nobody writes to it
     os._exit(1)
 
 
 def main(address: str) -> None:
     """Connect to the front end and serve it."""
+    log_to_stderr()
     # A terminal's Ctrl-C and a service manager's SIGTERM reach the whole group; the front end says when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ from neoserve.engine.messages import (
     restore,
 )
 from neoserve.engine.outputs import Delta
-from neoserve.engine.text import TextCodec
+from neoserve.engine.text import TextCodec, import_tokenizers
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -117,9 +118,11 @@ class RemoteEngine(EngineClient):
         process = await EngineProcess.spawn()
         try:
             process.send(Start(config))
+            threading.Thread(target=import_tokenizers, daemon=True).start()
             info = await _wait_ready(process, progress)
             codec = await asyncio.to_thread(load_codec, config, info)
         except BaseException:
+            process.kill()
             await process.end()
             raise
         return cls(process, info, codec)

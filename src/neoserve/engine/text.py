@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -15,6 +16,13 @@ _MAX_PENDING_TOKENS = 8
 _CONTEXT_TOKENS = 5
 
 ChatMessage = Mapping[str, Any]
+
+
+def import_tokenizers() -> None:
+    """Import what `TextCodec` needs, which takes seconds; for a thread to do while a model loads."""
+    import transformers
+
+    assert transformers.AutoTokenizer
 
 
 class TextCodec:
@@ -60,6 +68,11 @@ class TextCodec:
         """
         from jinja2 import TemplateError
 
+        # A template of the client's own would be a program of the client's own.
+        reserved = inspect.signature(self._tokenizer.apply_chat_template).parameters.keys() - {"tools", "documents"}
+        wrong = sorted(reserved & (template_kwargs or {}).keys())
+        if wrong:
+            raise InvalidRequestError(f"chat_template_kwargs may not have {wrong[0]!r}", "chat_template_kwargs")
         if not self._tokenizer.chat_template:
             raise InvalidRequestError("this model has no chat template; use completions with a prompt", "messages")
         try:

@@ -45,13 +45,13 @@ class LapInputs:
     sampling: tuple[Rows, ...]
 
 
-def _paged(rows: Sequence[Rows], tables: Sequence[Sequence[int]], first_row: int) -> tuple[slice, PagedBatch] | None:
+def _paged(rows: Sequence[Rows], tables: Sequence[np.ndarray], first_row: int) -> tuple[slice, PagedBatch] | None:
     if not rows:
         return None
     batch = PagedBatch(
         row_start=np.cumsum([0, *(r.count for r in rows)], dtype=np.int32),
         block_start=np.cumsum([0, *map(len, tables)], dtype=np.int32),
-        block_ids=np.concatenate([np.asarray(table, dtype=np.int32) for table in tables]),
+        block_ids=np.concatenate(tables),
         lengths=np.array([r.length for r in rows], dtype=np.int32),
     )
     return slice(first_row, first_row + batch.num_rows), batch
@@ -99,7 +99,7 @@ def lap_inputs(sub_batch: SubBatch, block_size: int) -> LapInputs:
         num_rows=num_rows,
         num_prefill_rows=num_prefill_rows,
         device_prefill=_paged(on_device, [r.block_ids for r in on_device], 0),
-        host_prefill=_paged(on_host, [r.staging_block_ids for r in on_host], first_host_row),
+        host_prefill=_paged(on_host, [np.array(r.staging_block_ids, dtype=np.int32) for r in on_host], first_host_row),
         device_decode=_paged(sub_batch.device_decode, [r.block_ids for r in sub_batch.device_decode], num_prefill_rows),
         host_decode=slice(num_rows - len(sub_batch.host_decode), num_rows),
         staging=_staging_copies(on_host, block_size),

@@ -44,11 +44,29 @@ class PagedBatch:
 class PagedAttention(Protocol):
     """One `PagedBatch` planned for a device: built once a lap, run once a layer."""
 
-    def append(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_N2KPD: torch.Tensor) -> None:
-        """Write the rows' k and v at their places in the paged KV."""
+    def run(
+        self,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        kv_N2KPD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
+        """Write the rows' k and v at their places in the paged KV; causal attention of the rows over their sequences'
+        KV, softmax scale D**-0.5, into `out_THD`. q, k and v may be views of fused rows."""
 
-    def run(self, q_THD: torch.Tensor, kv_N2KPD: torch.Tensor, out_THD: torch.Tensor) -> None:
-        """Causal attention of the rows over their sequences' KV, softmax scale D**-0.5, into `out_THD`."""
+
+class DecodePlans(Protocol):
+    """Decode plans that are made again in place, one for each number of sequences in `sizes` (growing): work that runs
+    one can be recorded, and serves every later batch. A plan overwrites the one before, in stream order."""
+
+    sizes: tuple[int, ...]
+
+    def bucket(self, num_sequences: int) -> PagedAttention:
+        """The plan of the smallest size that `num_sequences` fit in; raises ValueError when none does."""
+
+    def plan(self, batch: PagedBatch) -> PagedAttention:
+        """Plan `bucket(batch.num_sequences)` for a decode batch; rows that fill it up write to the padding block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +168,13 @@ class Ops(ABC):
     @abstractmethod
     def plan_attention(self, batch: PagedBatch, *, decode: bool) -> PagedAttention:
         """Plan attention for a lap. `decode` promises one row a sequence."""
+
+    @abstractmethod
+    def decode_plans(self, sizes: tuple[int, ...], max_blocks: int, padding_block: int) -> DecodePlans:
+        """Plans for recorded decode laps.
+
+        max_blocks: of all sequences of a batch together. padding_block: a block that belongs to no sequence.
+        """
 
     @abstractmethod
     def blocks_to_host(

@@ -28,7 +28,7 @@ def _is_interleaved(dtype: torch.dtype) -> bool:
 
 
 def to_host_layout(kv_N2KPD: torch.Tensor) -> torch.Tensor:
-    """Blocks of one layer, on any device, from the device's layout to `kv_NK2X`: a new contiguous tensor beside them."""
+    """Blocks of one layer in the device's layout as a new contiguous `kv_NK2X` on the same torch device."""
     _check_dtype(kv_N2KPD.dtype)
     num_blocks, two, num_kv_heads, block_size, head_dim = kv_N2KPD.shape
     if two != 2 or block_size % 2:
@@ -56,14 +56,17 @@ def from_host_layout(kv_NK2X: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 def _k_tiles(kv_NK2X: torch.Tensor, head_dim: int) -> torch.Tensor:
     """The K tiles as a view [N, K, P, D]."""
-    return kv_NK2X[:, :, 0].unflatten(2, (-1, head_dim))
+    num_blocks, num_kv_heads, _, num_elements = kv_NK2X.shape
+    return kv_NK2X[:, :, 0].view(num_blocks, num_kv_heads, num_elements // head_dim, head_dim)
 
 
 def _v_tiles(kv_NK2X: torch.Tensor, head_dim: int) -> torch.Tensor:
     """The V tiles as a view [N, K, P / 2, 2, D]: pairs of tokens, whichever way they lie in memory."""
+    num_blocks, num_kv_heads, _, num_elements = kv_NK2X.shape
+    num_pairs = num_elements // head_dim // 2
     if _is_interleaved(kv_NK2X.dtype):
-        return kv_NK2X[:, :, 1].unflatten(2, (-1, head_dim, 2)).transpose(3, 4)
-    return kv_NK2X[:, :, 1].unflatten(2, (-1, 2, head_dim))
+        return kv_NK2X[:, :, 1].view(num_blocks, num_kv_heads, num_pairs, head_dim, 2).transpose(3, 4)
+    return kv_NK2X[:, :, 1].view(num_blocks, num_kv_heads, num_pairs, 2, head_dim)
 
 
 def allocate_host_kv(

@@ -110,15 +110,20 @@ class PlannedAttention:
         self._planner = planner
         self._arrays = arrays
 
-    def append(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_N2KPD: torch.Tensor) -> None:
+    def run(
+        self,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        kv_N2KPD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
         _append(self._arrays, k_TKD, v_TKD, kv_N2KPD)
-
-    def run(self, q_THD: torch.Tensor, kv_N2KPD: torch.Tensor, out_THD: torch.Tensor) -> None:
         self._planner.wrapper.run(q_THD, kv_N2KPD, out=out_THD)
 
 
 class DecodeBuckets:
-    """Decode plans whose addresses and launch shapes never change, so that a CUDA graph can hold their runs.
+    """`kernels.base.DecodePlans`: addresses and launch shapes never change, so that a CUDA graph can hold the runs.
 
     One bucket for each number of sequences. All buckets lie in the same buffers: a plan overwrites the last one, in
     stream order, so one lap of a set is in flight at a time.
@@ -219,10 +224,15 @@ class DecodeBucket:
             self._wrapper.plan(*arguments, **dtypes)
             self._is_planned = True
 
-    def append(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_N2KPD: torch.Tensor) -> None:
+    def run(
+        self,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        kv_N2KPD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
         _append(self._arrays, k_TKD, v_TKD, kv_N2KPD)
-
-    def run(self, q_THD: torch.Tensor, kv_N2KPD: torch.Tensor, out_THD: torch.Tensor) -> None:
         self._wrapper.run(q_THD, kv_N2KPD, out=out_THD)
 
 

@@ -42,6 +42,7 @@ class _Ledger:
     def __init__(self, num_blocks: int) -> None:
         self.pool = BlockPool(num_blocks)
         self.residents: dict[Residence, None] = {}
+        self.num_left = 0  # residents that left, ever
         self.outstanding = 0  # sum of the residents' remaining needs
 
     def is_safe_with(self, held: int, remaining: int) -> bool:
@@ -118,6 +119,11 @@ class KVManager:
     def num_used(self, tier: Tier) -> int:
         return self.num_blocks(tier) - self.num_free(tier)
 
+    @property
+    def num_left(self) -> int:
+        """Residents that ever left a pool: while it stays the same, who could not enter still cannot."""
+        return sum(ledger.num_left for ledger in self._ledgers.values())
+
     def residents(self, tier: Tier) -> Iterator[Residence]:
         """The residents of a pool, those about to leave included."""
         return iter(self._ledgers[tier].residents)
@@ -130,11 +136,11 @@ class KVManager:
         """Whether a newcomer that holds `held` blocks now and at most `worst` later leaves the pool safe."""
         return self._ledgers[tier].is_safe_with(held, worst - held)
 
-    def fits_ahead(self, tier: Tier, held: int, worst: int, share: float, margin: int) -> bool:
+    def fits_ahead(self, tier: Tier, held: int, worst: int, share: float, margin: int = 0) -> bool:
         """Whether nobody will have to wait for a block if a newcomer enters, everyone grows at the same pace, and
         each leaves after `share` of its remaining need. Where this fails, a safe pool still works, but in turns.
 
-        margin: blocks to spare for each resident, as not all grow at the same moment.
+        margin: blocks to spare for each resident; negative: blocks that each may be short of.
         """
         ledger = self._ledgers[tier]
         residents = ledger.residents
@@ -179,6 +185,7 @@ class KVManager:
         self.settle(residence)
         ledger = self._ledgers[residence.tier]
         del ledger.residents[residence]
+        ledger.num_left += 1
         ledger.pool.give(residence.table.ids.tolist())
 
     def check_integrity(self) -> None:

@@ -76,7 +76,7 @@ class Decoder:
 
     def __init__(self, spec: ModelSpec, weights: DecoderWeights, ops: Ops, num_positions: int | None = None) -> None:
         self.shape = spec.shape
-        self._weights = weights
+        self.weights = weights
         self._ops = ops
         cache_PD = rope_cache(
             spec.rope, spec.shape.head_dim, num_positions or spec.shape.max_position, weights.embedding_VE.device
@@ -93,13 +93,13 @@ class Decoder:
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """x_TE of int32 or int64 token ids."""
-        return functional.embedding(token_ids_T, self._weights.embedding_VE)
+        return functional.embedding(token_ids_T, self.weights.embedding_VE)
 
     def head(self, x_TE: torch.Tensor, row_ids_B: torch.Tensor | None = None) -> torch.Tensor:
         """`logits_BV`, float32, of the rows `row_ids_B` (int64; `None`: all) of what the last layer returned."""
         if row_ids_B is not None:
             x_TE = x_TE.index_select(0, row_ids_B)
-        return self._ops.logits(x_TE, self._weights.head_VE)
+        return self._ops.logits(x_TE, self.weights.head_VE)
 
 
 def _heads(spec: ModelSpec, layer: LayerWeights, cache_PD: torch.Tensor) -> Heads:

@@ -37,6 +37,9 @@ class Admission:
         self._splitter = splitter
         self._host_would_pay = False
         self._judged_at = -_JUDGEMENT_AGE
+        self._refused = ("", -1, -1)  # head of the queue, residents that left, time: nothing new since it was refused
+        self._reference = Load()
+        self._referred_at = -_JUDGEMENT_AGE
 
     def add(self, request: Request) -> None:
         """Queue a request; raises `RequestTooLongError` or `QueueFullError`."""
@@ -59,25 +62,47 @@ class Admission:
         if not (self.waiting and self.free_slots):
             return None
         request = next(iter(self.waiting.values()))
+        state = (request.request_id, self._placement.kv.num_left, iteration // _JUDGEMENT_AGE)
+        if state == self._refused:
+            return None
         residence = self._placement.admit(request, host_only=host_only, host_pays=host_pays)
         if residence is None:
+            self._refused = state
             return None
         del self.waiting[request.request_id]
         sequence = Sequence(request, self.free_slots.pop(), residence, self._placement.max_new_tokens(request))
         running[request.request_id] = sequence
         return sequence
 
+    def reference(self, running: Iterable[Sequence], iteration: int) -> Load:
+        """Decode load of as many of the sequences that run and wait as the device pool could hold; of those that run,
+        if there is no device pool. It changes slowly and is counted anew every few iterations."""
+        if iteration - self._referred_at >= _JUDGEMENT_AGE:
+            self._referred_at = iteration
+            self._reference = self._count_reference(running)
+        return self._reference
+
+    def _count_reference(self, running: Iterable[Sequence]) -> Load:
+        device, host = _resident_load(running)
+        count, tokens = device.rows + host.rows, device.device_tokens + host.host_tokens
+        if not count or self._only_host:
+            return Load.device_decode(count, tokens)
+        mean_tokens = tokens / count
+        rows = max(1, min(int(self._placement.device_tokens / mean_tokens), count + len(self.waiting)))
+        return Load.device_decode(rows, int(rows * mean_tokens))
+
     def _host_pays(self, running: Iterable[Sequence], iteration: int) -> bool:
         """Whether the head of the queue should go to the host: as many host rows as there could soon be would pay,
         and those that there are leave the worker pool time for one more."""
         device, host = _resident_load(running)
         head = len(next(iter(self.waiting.values())).prompt_token_ids)
-        prompt_rows = min(head, self._max_rows)
-        limit_us = self._splitter.host_lap_limit_us(device, prompt_rows)
+        limit_us = self._splitter.host_lap_limit_us(device)
         if iteration - self._judged_at >= _JUDGEMENT_AGE:
             self._judged_at = iteration
             future = self._future_host_load(host, limit_us)
-            self._host_would_pay = future.rows > 0 and self._splitter.pays(device, future, prompt_rows)
+            reference = self.reference(running, iteration)
+            prompt_rows = min(head, self._max_rows)
+            self._host_would_pay = future.rows > 0 and self._splitter.pays(reference, device, future, prompt_rows)
         return self._host_would_pay and self._cost.host_lap_us(host + Load.host_decode(1, head)) <= limit_us
 
     def _future_host_load(self, host: Load, limit_us: float) -> Load:
@@ -92,12 +117,15 @@ class Admission:
 
 def _resident_load(running: Iterable[Sequence]) -> tuple[Load, Load]:
     """Decode loads of the two tiers once every admitted prompt is computed."""
-    rows = {Tier.DEVICE: 0, Tier.HOST: 0}
-    tokens = {Tier.DEVICE: 0, Tier.HOST: 0}
+    device_rows = device_tokens = host_rows = host_tokens = 0
     for sequence in running:
-        if not sequence.finished:
-            tier = sequence.residence.tier
-            rows[tier] += 1
-            tokens[tier] += max(sequence.computed, sequence.given)
-    device = Load.device_decode(rows[Tier.DEVICE], tokens[Tier.DEVICE])
-    return device, Load.host_decode(rows[Tier.HOST], tokens[Tier.HOST])
+        if sequence.finished:
+            continue
+        tokens = max(sequence.computed, sequence.given)
+        if sequence.residence.tier is Tier.DEVICE:
+            device_rows += 1
+            device_tokens += tokens
+        else:
+            host_rows += 1
+            host_tokens += tokens
+    return Load.device_decode(device_rows, device_tokens), Load.host_decode(host_rows, host_tokens)

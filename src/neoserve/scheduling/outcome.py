@@ -15,12 +15,13 @@ class Outcome:
     """Ends sequences, and frees their blocks and slots once nothing in flight uses them.
 
     running, free_slots: the scheduler's; sequences that are gone are taken out of the one, their slots put into the
-    other. num_prompt_tokens: prompt tokens computed so far. num_tokens: tokens decoded so far, by tier.
+    other. num_prompt_tokens: computed so far. num_device_tokens, num_host_tokens: decoded so far.
     """
 
     def __init__(self, placement: Placement, running: dict[str, Sequence], free_slots: list[int]) -> None:
         self.num_prompt_tokens = 0
-        self.num_tokens = {Tier.DEVICE: 0, Tier.HOST: 0}
+        self.num_device_tokens = 0
+        self.num_host_tokens = 0
         self._placement = placement
         self._running = running
         self._free_slots = free_slots
@@ -81,6 +82,7 @@ class Outcome:
         """One row's result: what is known now, and the event that tells of it."""
         sequence.committed = rows.start + rows.count
         is_decode = rows.token_ids is None
+        on_host = is_decode and rows.tier is Tier.HOST
         if not is_decode:
             self.num_prompt_tokens += rows.count
         token_id = sampled.token_id
@@ -89,7 +91,8 @@ class Outcome:
                 return None
             return TokenEvent(rows.request_id, (), (), sampled.prompt_logprobs)
         sequence.output.append(token_id)
-        self.num_tokens[rows.tier] += is_decode
+        self.num_host_tokens += on_host
+        self.num_device_tokens += is_decode and not on_host
         reason = _finish_reason(sequence, token_id)
         if reason is not None:
             self.end(sequence)
@@ -100,13 +103,12 @@ class Outcome:
             sampled.prompt_logprobs,
             reason,
             token_id if reason == "stop" else None,
-            int(is_decode and rows.tier is Tier.HOST),
+            int(on_host),
         )
 
     def _can_resume(self, sequence: Sequence) -> bool:
-        lost_samples = sequence.num_planned > len(sequence.output)
         on_host = sequence.tier is Tier.HOST
-        return sequence.can_resume(lost_samples) and (not on_host or self._placement.can_stage(sequence.num_known))
+        return sequence.can_resume() and (not on_host or self._placement.can_stage(sequence.num_known))
 
     def _unpin(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:

@@ -18,6 +18,7 @@ from neoserve.scheduling.sequence import Sequence
 _OTHER = {Tier.DEVICE: Tier.HOST, Tier.HOST: Tier.DEVICE}
 _MIGRATIONS_TO_DEVICE = 2  # in one iteration: they share the link with the hand-off
 _SHARE_WEIGHT = 0.02
+_SHARE_PRIOR = 4  # sequences that the assumption before the first one counts for
 _SHARE_MARGIN = 1.25
 
 
@@ -43,6 +44,12 @@ class Placement:
         self._iteration = -1
         self._mean_share = 1.0  # of its possible tokens that a sequence generates
         self._share = 1.0
+        self._num_learned = 0
+
+    @property
+    def device_tokens(self) -> int:
+        """Tokens that the device pool holds."""
+        return self.kv.num_blocks(Tier.DEVICE) * self._config.block_size
 
     def max_new_tokens(self, request: Request) -> int:
         """Tokens that the request may generate within the context length."""
@@ -78,7 +85,8 @@ class Placement:
 
     def learn_length(self, share: float) -> None:
         """A sequence ended after this share of the tokens that it might have generated."""
-        self._mean_share += _SHARE_WEIGHT * (share - self._mean_share)
+        self._num_learned += 1
+        self._mean_share += max(_SHARE_WEIGHT, 1 / (self._num_learned + _SHARE_PRIOR)) * (share - self._mean_share)
         self._share = min(1.0, _SHARE_MARGIN * self._mean_share)
 
     def begin(self, iteration: int) -> None:
@@ -113,7 +121,8 @@ class Placement:
         """
         self._paused[tier] = False
         block_size = self._config.block_size
-        wanting = {s.residence: s for s in decoding if s.computed >= len(s.residence.table.ids) * block_size}
+        at_edge = [s for s in decoding if s.computed % block_size == 0]
+        wanting = {s.residence: s for s in at_edge if s.computed == s.residence.held * block_size}
         if not wanting:
             return decoding
         waiting = set()
@@ -157,7 +166,12 @@ class Placement:
     def _is_too_full(self) -> bool:
         growing = self.kv.growth(Tier.DEVICE, 1)
         soon = growing * self._policy.pressure_growth_tokens // self._config.block_size
-        return self._available(Tier.DEVICE) < soon and not self._fits_ahead(Tier.DEVICE, 0, 0, margin=0)
+        return self._available(Tier.DEVICE) < soon and not self._lasts(Tier.DEVICE)
+
+    def _lasts(self, tier: Tier) -> bool:
+        """Whether a shortage is a matter of moments: even if all run as long as they may, they are short of a block
+        each at most, because some reach the end of a block before others end."""
+        return self.kv.fits_ahead(tier, 0, 0, share=1.0, margin=-1)
 
     def _worst_blocks(self, request: Request) -> int:
         """Blocks when it ends at its latest: the last token that it generates is never fed."""
@@ -172,15 +186,12 @@ class Placement:
         """Nobody waits there, it stays safe, and nobody is expected to have to wait."""
         if self._paused[tier] or not self.kv.can_enter(tier, held, worst):
             return False
-        return self._fits_ahead(tier, held, worst, margin=int(self._both))
-
-    def _fits_ahead(self, tier: Tier, held: int, worst: int, margin: int) -> bool:
         share = self._policy.expected_share
-        return self.kv.fits_ahead(tier, held, worst, self._share if share is None else share, margin)
+        return self.kv.fits_ahead(tier, held, worst, self._share if share is None else share)
 
     def _make_room(self, sequence: Sequence, running: Ordered[Sequence]) -> bool:
         """Find a block for a sequence whose pool has none to spare; whether it got it."""
-        if not self._both:
+        if not self._both or self._lasts(sequence.tier):
             return False
         if sequence.tier is Tier.HOST:
             self._try_migrate(sequence)

@@ -14,12 +14,11 @@ class Policy:
         learned from the sequences that ended.
     pressure_growth_tokens: in `auto`, the newest leaves the device pool when its residents could not even grow by
         this much. Who came in was expected to fit until it ends, so nothing bounces.
-    max_ratio: host rows get a token at least once in so many iterations as long as that pays, without a target.
+    max_ratio: without a target, so many host sequences are admitted that they get a token once in so many iterations.
     slowest_ratio: where host rows do not pay, a lap of theirs may take so many iterations.
     max_skipped: and it begins after at most so many iterations without host rows.
     min_gain: pipelining must be predicted to be this much better than device-only.
-    host_stretch: host sequences are admitted until their laps take this many times what `max_ratio` device laps
-        take: more than decode-only laps hide, because laps with prompts hide more.
+    host_stretch: or in so many times that, because laps with prompts hide more than decode-only ones.
     forced_migration_period: for tests: every so many iterations the longest-settled sequence changes its tier.
     """
 

@@ -113,7 +113,7 @@ class Scheduler:
         prompts, chunks = self._prompts(running, self._config.max_num_batched_tokens - len(device) - len(host))
         if not self._admission.waiting or not self._placement.fits_device(next(iter(self._admission.waiting.values()))):
             self._placement.refill_device(host)
-            host = [sequence for sequence in host if self._placement.stays(sequence)]
+            host = self._staying(host)
         if not (device or host or chunks or self._host_lap):
             return self._open_iteration([], [], None) if self._placement.departures else None
         choice = self._choose(device, host, chunks)
@@ -148,8 +148,8 @@ class Scheduler:
             device_blocks_used=kv.num_used(Tier.DEVICE),
             host_blocks_used=kv.num_used(Tier.HOST),
             prompt_tokens_total=self._outcome.num_prompt_tokens,
-            device_tokens_total=self._outcome.num_tokens[Tier.DEVICE],
-            host_tokens_total=self._outcome.num_tokens[Tier.HOST],
+            device_tokens_total=self._outcome.num_device_tokens,
+            host_tokens_total=self._outcome.num_host_tokens,
             iterations_total=self._num_iterations,
             pipelined_iterations_total=self._num_pipelined,
             failed_iterations_total=self._num_failed,
@@ -186,14 +186,19 @@ class Scheduler:
         device: list[Sequence] = []
         host: list[Sequence] = []
         for sequence in running:
-            if sequence.may_run and not sequence.is_prefilling and self._placement.stays(sequence):
+            if sequence.may_run and not sequence.is_prefilling:
                 (device if sequence.residence.tier is Tier.DEVICE else host).append(sequence)
+        if self._placement.departures:
+            device, host = self._staying(device), self._staying(host)
         device = self._placement.grow(Tier.DEVICE, device, running)
         self._placement.relieve_device(running)
         host = self._placement.grow(Tier.HOST, host, running)
         if self._placement.departures:
-            device = [sequence for sequence in device if self._placement.stays(sequence)]
+            device = self._staying(device)
         return device, host
+
+    def _staying(self, sequences: list[Sequence]) -> list[Sequence]:
+        return [sequence for sequence in sequences if self._placement.stays(sequence)]
 
     def _prompts(self, running: list[Sequence], budget: int) -> tuple[list[Sequence], list[Chunk]]:
         """The next chunk of each prompt, oldest first, admitting requests while the row budget lasts."""
@@ -216,7 +221,9 @@ class Scheduler:
             return True
 
         for sequence in running:
-            if sequence.may_run and sequence.is_prefilling and self._placement.stays(sequence) and not add(sequence):
+            if not (sequence.is_prefilling and sequence.may_run and self._placement.stays(sequence)):
+                continue
+            if not add(sequence):
                 return prompts, chunks
         host_only = False
         while budget > 0:
@@ -229,6 +236,9 @@ class Scheduler:
     def _choose(self, device: list[Sequence], host: list[Sequence], chunks: list[Chunk]) -> Choice:
         lap = self._host_lap
         work = Work(
+            reference=self._admission.reference(self._running.values(), self._num_iterations)
+            if lap or host
+            else Load(),
             device=Load.device_decode(len(device), sum(s.computed for s in device) + len(device)),
             chunks=tuple(chunks),
             host_tokens=() if lap else tuple(s.computed + 1 for s in host),

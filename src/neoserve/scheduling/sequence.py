@@ -128,12 +128,11 @@ class Sequence:
             return prompt[start:stop]
         return (*prompt, *self.output)[start:stop]
 
-    def can_resume(self, lost_samples: bool) -> bool:
-        """Whether losing its laps lost nothing for good: penalties count sampled tokens on the device, where the
-        lost ones are counted too."""
-        params = self.request.params
-        no_penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1, 0, 0)
-        return not self.retried and (no_penalties or not lost_samples)
+    def can_resume(self) -> bool:
+        """Whether lost laps may run again: once in its life, and not if a prompt would have to be computed anew
+        whose log-probabilities are partly out."""
+        told = self.request.params.prompt_logprobs is not None and self.committed > 0
+        return not self.retried and not (told and self._restarts())
 
     def resume(self) -> None:
         """Go back to what is known; the lost rows are fed again by their ids once nothing of it is in flight."""
@@ -141,6 +140,11 @@ class Sequence:
         self.recovering = self.pins > 0
         self.epoch += 1
         self.in_lap = False
-        self.computed = self.committed
+        self.computed = self.committed = 0 if self._restarts() else self.committed
         self.num_planned = len(self.output)
         self.given = self.num_known
+
+    def _restarts(self) -> bool:
+        """A first token that was sampled and lost has left its mark on the sequence's sampling state, which begins
+        anew only with the first row of the prompt, or with a row that is fed after tokens were generated."""
+        return not self.output and self.num_planned > 0

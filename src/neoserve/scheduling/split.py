@@ -1,11 +1,12 @@
 """Which program an iteration runs: how its rows are split over the sub-batches, and how far each of them gets.
 
-Objective. Work is counted at what it would cost device-only: a decode token is worth a device decode's share of a
-decode-only lap, a prefill row what a row costs among very many. A candidate's *rate* is the worth of what it gets
-done (a host lap that gets a quarter of its way counts a quarter) over its predicted time. Prefill rows count,
-because a prompt must be computed anyway, on whichever tier it ends up; host rows count as much as device rows,
-because a client does not care where its token came from. With the same device rows and prompts, a candidate beats
-device-only exactly if its host rows cost less extra time than device-only would need for as many tokens.
+Objective. Work is counted at what it would cost device-only: a decode token is worth its share of a decode-only lap
+of as many sequences as the device pool holds, a prefill row what a row costs among very many. A candidate's *rate*
+is the worth of what it gets done (a host lap that gets a quarter of its way counts a quarter) over its predicted
+time. Prefill rows count, because a prompt must be computed anyway, on whichever tier it ends up; host rows count as
+much as device rows, because a client does not care where its token came from. With the same device rows and prompts,
+a candidate beats device-only exactly if its host rows cost less extra time than device-only would need for as many
+tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from neoserve.core.plan import Tier
 from neoserve.core.program import Span
 from neoserve.scheduling.cost import CostModel, Load, Price
 from neoserve.scheduling.policy import Policy
+
+_RATIOS = (1, 2, 3, 4, 5, 6, 8, 11)  # iterations that a host lap may take, tried in this order
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +37,14 @@ class Chunk:
 class Work:
     """What an iteration could do.
 
-    device: all decode rows of DEVICE sequences. chunks: of prompts, oldest first.
+    reference: decode rows of as many sequences as the device pool could hold. device: all decode rows of DEVICE
+    sequences. chunks: of prompts, oldest first.
     host_tokens: KV tokens of each HOST sequence that could decode, in the order in which they go to sub-batch 1.
     lap, lap_step: the host lap in flight in sub-batch 1 and its next step.
     must_run_host: host rows have waited long enough.
     """
 
+    reference: Load
     device: Load
     chunks: tuple[Chunk, ...]
     host_tokens: tuple[int, ...]
@@ -88,9 +93,8 @@ def _prefill_loads(chunks: Sequence[Chunk], limits: tuple[int, int]) -> tuple[Lo
 class Splitter:
     """Prices the candidates of an iteration and takes the best.
 
-    target_us: what the interval between two tokens of a sequence may be; `None` for throughput, with host rows at
-    most `Policy.max_ratio` times slower than device rows. target_ttft: prompts have a target too, so none of their
-    rows is put off for a better rate.
+    target_us: what the interval between two tokens of a sequence may be; `None` for throughput.
+    target_ttft: prompts have a target too, so none of their rows is put off for a better rate.
     """
 
     def __init__(
@@ -103,47 +107,52 @@ class Splitter:
         self._target_ttft = target_ttft
         self._efficient_rows = cost.efficient_rows()
         self._prefill_row_us = cost.prefill_row_us()
-        largest = policy.max_ratio if target_us is None else 2 * policy.max_ratio
-        self._ratios = tuple(range(1, largest + 1))
+        self._ratios = (*(ratio for ratio in _RATIOS if ratio < policy.slowest_ratio), policy.slowest_ratio)
 
     def choose(self, work: Work) -> Choice:
         """The best candidate; never one with host rows that is predicted worse than device-only, unless host rows
-        must progress now."""
+        must progress now.
+
+        Beside host rows, prompts are taken out again, down to where the linear layers are still efficient, if that
+        has the better rate: a long prefill leaves the worker pool idle and makes every decode wait.
+        """
         pricing = self._pricing(work)
         full = self._within_target(pricing, sum(chunk.count for chunk in work.chunks))
         if not (work.host_tokens or work.lap):
             return pricing.price((full, 0), 0, 0, 0)
-        best = self._advance_lap(pricing, full) if work.lap else self._begin_lap(pricing, full)
-        if self._target_ttft or best.lap_steps == 0 or full <= self._efficient_rows:
-            return best
-        return self._with_fewer_prompts(pricing, best)
+        best = self._with_host(pricing, full)
+        while not self._target_ttft and (best.lap_steps or any(best.num_host)):
+            fewer = sum(best.prefill_rows) // 2
+            if fewer < self._efficient_rows:
+                break
+            choice = self._with_host(pricing, fewer)
+            if choice.rate <= best.rate * self._policy.min_gain:
+                break
+            best = choice
+        return best
 
-    def pays(self, device: Load, host: Load, prompt_rows: int) -> bool:
+    def _with_host(self, pricing: _Pricing, prefill_rows: int) -> Choice:
+        return (self._advance_lap if pricing.work.lap else self._begin_lap)(pricing, prefill_rows)
+
+    def pays(self, reference: Load, device: Load, host: Load, prompt_rows: int) -> bool:
         """Whether laps of these host rows beside these device rows beat device-only, at least while there are prompts
         to compute: then the second read of the weights costs little. Such prompts have `prompt_rows` rows."""
         for chunks in ((), (Chunk(Tier.HOST, 0, prompt_rows, samples=True),)):
-            pricing = self._pricing(Work(device, chunks, (), host, 0, must_run_host=False))
+            pricing = self._pricing(Work(reference, device, chunks, (), host, 0, must_run_host=False))
             rows = prompt_rows if chunks else 0
-            pipelined = max((choice.rate for choice in self._ratio_candidates(pricing, rows)), default=0.0)
-            if pipelined > self._policy.min_gain * pricing.device_only_rate(rows):
+            pipelined = self._best_ratio(pricing, rows)
+            if pipelined and pipelined.rate > self._policy.min_gain * pricing.device_only_rate(rows):
                 return True
         return False
 
-    def host_lap_limit_us(self, device: Load, prompt_rows: int) -> float:
+    def host_lap_limit_us(self, device: Load) -> float:
         """How long the worker pool may take for a lap of all host sequences, for them to keep their interval."""
         if self._target_us is not None:
             return self._target_us
-        prompt_us = self._device_lap_us(device + Load.prefill(Tier.DEVICE, 0, prompt_rows, samples=True))
-        several_us = self._policy.max_ratio * self._device_lap_us(device)
-        return self._policy.host_stretch * max(several_us, prompt_us)
+        return self._policy.host_stretch * self._policy.max_ratio * self._device_lap_us(device)
 
     def _pricing(self, work: Work) -> _Pricing:
-        """Without device rows, a decode token is worth what it would cost if the host rows were on the device."""
-        device = work.device
-        if not device.rows:
-            host_rows = len(work.host_tokens) + (work.lap.rows if work.lap else 0)
-            device = Load.device_decode(host_rows, 0)
-        decode_us = self._device_lap_us(device) / max(1, device.rows)
+        decode_us = self._device_lap_us(work.reference) / max(1, work.reference.rows)
         return _Pricing(self._cost, self._num_steps, work, decode_us, self._prefill_row_us)
 
     def _device_lap_us(self, device: Load) -> float:
@@ -171,21 +180,19 @@ class Splitter:
         device_only = pricing.price((prefill_rows, 0), 0, 0, 0)
         if pricing.work.must_run_host:
             slowest = pricing.price((prefill_rows, 0), 0, num_host, self._steps(self._policy.slowest_ratio, 0))
-            candidates = (whole, slowest, *self._ratio_candidates(pricing, prefill_rows))
-            return min(candidates, key=lambda choice: self._lap_costs_us(choice, device_only))
-        candidates = (whole, *self._ratio_candidates(pricing, prefill_rows))
-        best = max((c for c in candidates if self._meets_target(c)), key=_rate, default=device_only)
-        return best if best.rate > self._policy.min_gain * device_only.rate else device_only
+            return min((whole, slowest), key=lambda choice: self._lap_costs_us(choice, device_only))
+        best = self._best_ratio(pricing, prefill_rows)
+        if self._meets_target(whole) and (best is None or whole.rate > best.rate):
+            best = whole
+        return best if best and best.rate > self._policy.min_gain * device_only.rate else device_only
 
     def _advance_lap(self, pricing: _Pricing, prefill_rows: int) -> Choice:
         """A host lap is in flight: how far does it get? At the least so far that it ends in time."""
         step = pricing.work.lap_step
         if not pricing.work.device.rows and not prefill_rows:
             return pricing.price((0, 0), 0, 0, self._num_steps - step)
-        slowest = pricing.price((prefill_rows, 0), 0, 0, self._steps(self._policy.slowest_ratio, step))
-        candidates = (choice for choice in self._ratio_candidates(pricing, prefill_rows) if self._meets_target(choice))
-        best = max(candidates, key=_rate, default=slowest)
-        return best if best.rate > slowest.rate else slowest
+        best = self._best_ratio(pricing, prefill_rows)
+        return best or pricing.price((prefill_rows, 0), 0, 0, self._steps(self._policy.slowest_ratio, step))
 
     def _best_split(self, pricing: _Pricing, prefill_rows: tuple[int, int]) -> Choice:
         """All host rows make a whole lap now, so many of them in sub-batch 1 that it takes the least time."""
@@ -197,25 +204,39 @@ class Splitter:
 
         leaves_first = not pricing.work.device.rows and not prefill_rows[0]
         largest = num_host - 1 if leaves_first else num_host
-        best = min((split(n) for n in sorted({0, largest // 2, largest})), key=_total_us)
-        step = largest // 4
-        while step:
-            middle = best.num_host[1]
-            near = [split(n) for n in (middle - step, middle + step) if 0 < n < largest]
-            best = min((best, *near), key=_total_us)
-            step = step // 2 if step > max(1, largest // 16) else 0
+        best = min((split(n) for n in sorted({0, largest // 2})), key=_total_us)
+        step = -(-largest // 8)
+        for direction in (step, -step):
+            while 0 <= best.num_host[1] + direction <= largest:
+                near = split(best.num_host[1] + direction)
+                if near.price.total_us >= best.price.total_us:
+                    break
+                best = near
         return best
 
-    def _ratio_candidates(self, pricing: _Pricing, prefill_rows: int) -> Iterator[Choice]:
-        """The host lap advanced by one part in r, for each r that may pay."""
+    def _best_ratio(self, pricing: _Pricing, prefill_rows: int) -> Choice | None:
+        """The host lap advanced by one part in r, for the r with the best rate that meets the target.
+
+        The rate rises with r while the device waits for the host, and falls once the host waits for the device, or
+        rises on if host rows do not pay; so only those r are priced that are near to where neither waits, and the
+        largest.
+        """
         work = pricing.work
         begin = 0 if work.lap else len(work.host_tokens)
-        tried = set()
-        for ratio in self._ratios:
+        whole = pricing.price((prefill_rows, 0), 0, begin, self._steps(1, work.lap_step))
+        best = whole if self._meets_target(whole) else None
+        tried = {whole.lap_steps}
+        for ratio in self._ratios[1:]:
             steps = self._steps(ratio, work.lap_step)
-            if steps not in tried:
-                tried.add(steps)
-                yield pricing.price((prefill_rows, 0), 0, begin, steps)
+            hidden = ratio * whole.price.device_us / max(1.0, whole.price.host_us)
+            is_wanted = 0.4 < hidden < 3.0 or self._target_us is not None or ratio == self._ratios[-1]
+            if steps in tried or not is_wanted:
+                continue
+            tried.add(steps)
+            choice = pricing.price((prefill_rows, 0), 0, begin, steps)
+            if self._meets_target(choice) and (best is None or choice.rate > best.rate):
+                best = choice
+        return best
 
     def _steps(self, ratio: int, step: int) -> int:
         """Steps of one part in `ratio` of a lap; the rest of it when less than half as much would be left."""
@@ -233,19 +254,6 @@ class Splitter:
         """What a whole lap of the host rows adds to device-only iterations."""
         iterations = self._num_steps / choice.lap_steps if choice.lap_steps else 1.0
         return iterations * (choice.price.total_us - device_only.price.total_us)
-
-    def _with_fewer_prompts(self, pricing: _Pricing, choice: Choice) -> Choice:
-        """Take prompts out again, down to where the linear layers are still efficient, if that has the better rate:
-        a long prefill leaves the worker pool idle and makes every decode wait."""
-        best = choice
-        while sum(best.prefill_rows) > self._efficient_rows:
-            first, second = best.prefill_rows
-            limits = (-(-first // 2), -(-second // 2))
-            fewer = pricing.price(limits, *choice.num_host, choice.lap_steps)
-            if sum(limits) < self._efficient_rows or fewer.rate <= best.rate * self._policy.min_gain:
-                break
-            best = fewer
-        return best
 
 
 class _Pricing:

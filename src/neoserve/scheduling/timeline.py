@@ -2,7 +2,8 @@
 
 The device does its stages one after another. SEND hands a layer's task to the worker pool, which does its tasks in
 the order in which they came; RECV holds the device up until the pool has done the task and the output is back.
-All layers cost the same, so a long program is walked over a few layers only and extrapolated along them.
+All layers cost the same, so a long program whose sub-batches go in step is walked over a few layers only and
+extrapolated along them.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ _CODE = {op: code for code, op in enumerate(OPS)}
 SEND = _CODE[Op.SEND]
 RECV = _CODE[Op.RECV]
 
-_WALKED_WHOLE = 14  # steps: programs up to this long are not worth extrapolating
-_SHORT, _LONG = 2, 4  # steps of the shorter span in the two walks that a long program is extrapolated from
+_FEW, _MORE = 4, 6  # steps that a long program is extrapolated from
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,40 +45,19 @@ def stage_codes(num_layers: int, spans: tuple[Span, ...]) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _walks(num_layers: int, spans: tuple[Span, ...]) -> tuple[tuple[tuple[int, ...], int], ...]:
-    """The walks (stage codes, steps of the longest span) that price a program: itself, or a long and a short one."""
-    longest = max(span.num_steps for span in spans)
-    shortest = min(span.num_steps for span in spans)
-    if longest <= _WALKED_WHOLE or shortest <= _LONG:
-        return ((stage_codes(num_layers, spans), longest),)
-    walks = []
-    for periods in (_LONG, _SHORT):
-        fewer_layers, shortened = _shortened(num_layers, spans, periods)
-        steps = max(span.num_steps for span in shortened)
-        walks.append((stage_codes(fewer_layers, shortened), steps))
-    return tuple(walks)
-
-
-def _shortened(num_layers: int, spans: tuple[Span, ...], periods: int) -> tuple[int, tuple[Span, ...]]:
-    """The same program with the shortest span cut to `periods` steps and the others in proportion."""
-    shortest = min(span.num_steps for span in spans)
-    kept = min(shortest, periods)
-    steps = [max(1, round(span.num_steps * kept / shortest)) for span in spans]
-    whole = [span.num_steps == num_layers + 1 for span in spans]
-    fewer_layers = max(n - 1 if full else n + 1 for n, full in zip(steps, whole, strict=True))
+def _shortened(num_layers: int, spans: tuple[Span, ...], num_steps: int) -> tuple[int, ...]:
+    """`stage_codes` of the same program with spans of `num_steps` steps over as few layers as that takes."""
+    is_whole = spans[0].num_steps == num_layers + 1
+    fewer_layers = num_steps - 1 if is_whole else num_steps + 1
     shortened = []
-    for span, n in zip(spans, steps, strict=True):
-        if span.first_step == 0:
-            first = 0
-        elif span.stop_step == num_layers + 1:
-            first = fewer_layers + 1 - n
-        else:
-            first = 1
-        shortened.append(Span(span.sub_batch, first, first + n, span.has_host))
-    return fewer_layers, tuple(shortened)
+    for span in spans:
+        ends = span.stop_step == num_layers + 1
+        first = 0 if span.first_step == 0 else fewer_layers + 1 - num_steps if ends else 1
+        shortened.append(Span(span.sub_batch, first, first + num_steps, span.has_host))
+    return stage_codes(fewer_layers, tuple(shortened))
 
 
-def _walk(codes: tuple[int, ...], first: StageCosts, second: StageCosts) -> float:
+def walk_whole(codes: tuple[int, ...], first: StageCosts, second: StageCosts) -> float:
     """When the device is done with the stages."""
     device_us = first.device_us + second.device_us
     now = host_free = 0.0
@@ -96,11 +75,9 @@ def _walk(codes: tuple[int, ...], first: StageCosts, second: StageCosts) -> floa
 
 def walk_us(num_layers: int, spans: tuple[Span, ...], first: StageCosts, second: StageCosts) -> float:
     """Microseconds from the program's first stage to the end of its last one on the device; costs by sub-batch."""
-    walks = _walks(num_layers, spans)
-    codes, steps = walks[0]
-    total_us = _walk(codes, first, second)
-    if len(walks) > 1:
-        shorter_codes, shorter_steps = walks[1]
-        step_us = (total_us - _walk(shorter_codes, first, second)) / (steps - shorter_steps)
-        total_us += step_us * (max(span.num_steps for span in spans) - steps)
-    return total_us
+    num_steps = spans[0].num_steps
+    if num_steps <= _MORE or any(span.num_steps != num_steps for span in spans):
+        return walk_whole(stage_codes(num_layers, spans), first, second)
+    few_us = walk_whole(_shortened(num_layers, spans, _FEW), first, second)
+    more_us = walk_whole(_shortened(num_layers, spans, _MORE), first, second)
+    return more_us + (more_us - few_us) / (_MORE - _FEW) * (num_steps - _MORE)

@@ -122,12 +122,15 @@ class CompletionAnswer(AnswerFormat):
         positions = [] if self._body.only_echo else list(new)
         if streamed.started or not self._body.echo:
             shaped = logprobs.for_completion(positions, streamed.offset)
-        else:
-            first_token = self._first_token(position)
-            prompt = [entry for entry in streamed.prompt_logprobs if entry is not None]
-            shaped = logprobs.prepend_prompt(first_token, logprobs.for_completion(prompt + positions, len(first_token)))
-        streamed.offset += sum(map(len, shaped.tokens))
-        return shaped
+            streamed.offset += sum(map(len, shaped.tokens))
+            return shaped
+        first_token = self._first_token(position)
+        # A token that the tokenizer puts before the text is no part of it.
+        width = len(first_token) if self._prompt_text(position).startswith(first_token) else 0
+        prompt = [entry for entry in streamed.prompt_logprobs if entry is not None]
+        rest = logprobs.for_completion(prompt + positions, width)
+        streamed.offset = width + sum(map(len, rest.tokens))
+        return logprobs.prepend_prompt(first_token, rest)
 
     def _first_token(self, position: int) -> str:
         token_id = self._submissions[position].prompt_token_ids[0]

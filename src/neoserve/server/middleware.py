@@ -6,6 +6,7 @@ import hmac
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from neoserve.server.errors import error_form
@@ -31,12 +32,8 @@ class ApiKeyGuard:
     def _knows(self, scope: Scope) -> bool:
         kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         # Every key is compared, in constant time, so that the answer's timing says nothing about any of them.
-        matches = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
+        matches = [hmac.compare_digest(given.strip().encode("latin-1"), key) for key in self._keys]
         return kind.lower() == "bearer" and any(matches)
-
-
-class _BodyTooLargeError(Exception):
-    pass
 
 
 class BodyLimit:
@@ -50,9 +47,10 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        refusal = f"the body is larger than the limit of {self._max_bytes} bytes"
         declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdigit() and int(declared) > self._max_bytes:
-            await self._refuse(scope, receive, send)
+            await json_response(error_form(refusal, 413), 413, {"Connection": "close"})(scope, receive, send)
             return
         num_bytes = 0
 
@@ -61,14 +59,7 @@ class BodyLimit:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max_bytes:
-                raise _BodyTooLargeError
+                raise HTTPException(413, refusal, {"Connection": "close"})  # the application answers with it
             return message
 
-        try:
-            await self._app(scope, limited, send)
-        except _BodyTooLargeError:
-            await self._refuse(scope, receive, send)
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        form = error_form(f"the body is larger than the limit of {self._max_bytes} bytes", 413)
-        await json_response(form, 413, {"Connection": "close"})(scope, receive, send)
+        await self._app(scope, limited, send)

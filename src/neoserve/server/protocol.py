@@ -157,7 +157,7 @@ class CompletionBody(SamplingBody):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
+            return [self.prompt]
         return list(self.prompt)  # type: ignore[arg-type]
 
     @property
@@ -180,28 +180,28 @@ class CompletionBody(SamplingBody):
         return build(**given)
 
 
-class TextPart(BaseModel):
-    """A piece of a message's content."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    type: Literal["text", "input_text", "output_text", "refusal"]
-    text: str
-
-
 class ChatMessageBody(BaseModel):
     """One message; what else it holds (name, tool calls) is left to the chat template."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[dict[str, Any]] | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def check_content(cls, content: object) -> object:
+        if not (content is None or isinstance(content, str) or _is_text_parts(content)):
+            raise InvalidRequestError(
+                f"a message's content is {_short(content)}; expected a string or parts of type text", "messages"
+            )
+        return content
 
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates expect it."""
         content = self.content
         if isinstance(content, list):
-            content = "\n".join(part.text for part in content)
+            content = "\n".join(part["text"] for part in content)
         role = "system" if self.role == "developer" else self.role
         return {**(self.model_extra or {}), "role": role, "content": content or ""}
 
@@ -282,6 +282,12 @@ def _is_list_of_prompts(value: object) -> bool:
     if not isinstance(value, list) or not value:
         return False
     return all(isinstance(item, str) for item in value) or all(map(_is_tokens, value))
+
+
+def _is_text_parts(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in value
+    )
 
 
 def _token_id(key: str) -> int:

@@ -1,0 +1,182 @@
+"""Prices: small programs by hand, long ones against the whole walk, and learning."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from neoserve.core.config import ModelShape
+from neoserve.core.plan import Tier
+from neoserve.core.program import Span
+from neoserve.scheduling import timeline
+from neoserve.scheduling.cost import CostModel, CostTable, Curve, Kind, Load
+from tests.control.environment import LARGE
+
+SHAPE = ModelShape(3, 1, 1, 1, 2, 1, 10, 100, False)
+"""Three layers; of the 14 linear parameters 6 come before the attention."""
+
+
+def table(**changes: object) -> CostTable:
+    base = CostTable(
+        linear=Curve(((0, 14.0), (100, 14.0))),
+        head=Curve(((0, 7.0),)),
+        embed=Curve(((0, 5.0),)),
+        device_decode_us=1.0,
+        device_us_per_token=0.5,
+        prefill_us=2.0,
+        prefill_us_per_pair=0.25,
+        host_task_us=10.0,
+        host_us_per_token=2.0,
+        host_us_per_row=1.0,
+        handoff_us=0.0,
+        handoff_us_per_row=0.0,
+        launch_us=0.0,
+        graph_launch_us=0.0,
+        migration_us_per_token=0.0,
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def whole(sub_batch: int = 0, *, host: bool = False) -> Span:
+    return Span(sub_batch, 0, SHAPE.num_layers + 1, host)
+
+
+def total(costs: CostTable, spans: list[Span], loads: dict[int, Load]) -> float:
+    return CostModel(costs, SHAPE).price(spans, loads).total_us
+
+
+def test_device_decode_by_hand() -> None:
+    load = Load.device_decode(2, 10)
+    assert total(table(), [whole()], {0: load}) == 5 + 3 * (14 + 1 + 10 * 0.5) + 7
+
+
+def test_prefill_by_hand() -> None:
+    """Four rows after eight tokens see 9 + 10 + 11 + 12 tokens; a chunk that yields no token needs no head."""
+    load = Load.prefill(Tier.DEVICE, start=8, count=4, samples=True)
+    assert total(table(), [whole()], {0: load}) == 5 + 3 * (14 + 2 + 42 * 0.25) + 7
+    chunk = Load.prefill(Tier.DEVICE, start=8, count=4, samples=False)
+    assert total(table(), [whole()], {0: chunk}) == 5 + 3 * (14 + 2 + 42 * 0.25)
+
+
+def test_a_host_prompt_also_loads_its_earlier_chunks() -> None:
+    costs = table(migration_us_per_token=3.0)
+    loads = {tier: Load.prefill(tier, start=8, count=4, samples=True) for tier in Tier}
+    on_host, on_device = (total(costs, [whole()], {0: loads[tier]}) for tier in (Tier.HOST, Tier.DEVICE))
+    assert on_host == pytest.approx(on_device + 8 * 3.0)
+
+
+def test_alone_host_rows_wait_for_their_attention_in_every_layer() -> None:
+    load = Load.host_decode(2, 5)
+    assert total(table(), [whole(host=True)], {0: load}) == 5 + 3 * (14 + 10 + 5 * 2 + 2) + 7
+    slow_link = table(handoff_us=4.0, handoff_us_per_row=0.5)
+    assert total(slow_link, [whole(host=True)], {0: load}) == 5 + 3 * (14 + 22 + 5) + 7
+
+
+def test_lock_step_hides_host_attention_behind_the_other_sub_batch() -> None:
+    """A step of 14 us hides a task of 12 us; what is left is the device's own work."""
+    load = Load.host_decode(1, 1)
+    spans = [whole(0, host=True), whole(1, host=True)]
+    one_lap = 5 + 3 * 14 + 7
+    hidden = table(host_task_us=9.0)
+    price = CostModel(hidden, SHAPE).price(spans, {0: load, 1: load})
+    assert price.device_us == 2 * one_lap
+    assert price.host_us == 6 * 12
+    first_layer_shows = 12 - (5 + 6)  # where only EMBED and PRE of sub-batch 1 stand before RECV
+    assert price.total_us == pytest.approx(2 * one_lap + first_layer_shows)
+    assert total(table(host_task_us=50.0), spans, {0: load, 1: load}) >= 6 * 53
+
+
+def test_enqueueing_is_a_floor_and_graphs_lower_it() -> None:
+    eager = table(launch_us=100.0, graph_launch_us=150.0)
+    assert total(eager, [whole()], {0: Load.device_decode(1, 1)}) == 150.0
+    assert total(eager, [whole()], {0: Load.prefill(Tier.DEVICE, 0, 4, samples=True)}) == 4 * 3 * 100.0
+
+
+loads = st.builds(
+    lambda device, tokens, host, host_tokens, prefill: (
+        Load.device_decode(device, device * tokens)
+        + Load.host_decode(host, host * host_tokens)
+        + Load.prefill(Tier.DEVICE, 0, prefill, samples=True)
+    ),
+    st.integers(1, 64), st.integers(1, 2000), st.integers(0, 100), st.integers(1, 2000), st.integers(0, 2000),
+)  # fmt: skip
+
+
+@given(load=loads, more=loads)
+def test_more_work_never_costs_less(load: Load, more: Load) -> None:
+    model = CostModel(CostTable.rough(LARGE), LARGE)
+    span = Span(0, 0, LARGE.num_layers + 1, True)
+    assert model.price([span], {0: load + more}).total_us >= model.price([span], {0: load}).total_us - 1e-6
+
+
+@given(first=loads, rows=st.integers(1, 120), ratio=st.integers(1, 8), lock_step=st.booleans())
+def test_few_layers_tell_of_all(first: Load, rows: int, ratio: int, lock_step: bool) -> None:
+    """Extrapolating from a few layers is within 1 % of walking all 80."""
+    model = CostModel(CostTable.rough(LARGE), LARGE)
+    num_steps = LARGE.num_layers + 1
+    host = Load.host_decode(rows, rows * 1000)
+    spans = (Span(0, 0, num_steps, lock_step), Span(1, 0, num_steps if lock_step else -(-num_steps // ratio), True))
+    costs = [model.stage_costs(first), model.stage_costs(host)]
+    exact = timeline.walk_whole(timeline.stage_codes(LARGE.num_layers, spans), *costs)
+    assert timeline.walk_us(LARGE.num_layers, spans, *costs) == pytest.approx(exact, rel=0.01)
+
+
+@pytest.mark.parametrize(("first_step", "stop_step"), [(0, 20), (20, 41), (61, 81), (80, 81)])
+def test_parts_of_a_lap_are_priced_like_the_whole_walk(first_step: int, stop_step: int) -> None:
+    model = CostModel(CostTable.rough(LARGE), LARGE)
+    loads = (Load.device_decode(18, 18_000), Load.host_decode(56, 56_000))
+    spans = (Span(0, 0, 81, False), Span(1, first_step, stop_step, True))
+    costs = [model.stage_costs(load) for load in loads]
+    exact = timeline.walk_whole(timeline.stage_codes(80, spans), *costs)
+    assert timeline.walk_us(80, spans, *costs) == pytest.approx(exact, rel=0.001)
+
+
+def test_curves_are_linear_between_points_and_go_on_after_the_last() -> None:
+    curve = Curve(((1, 10.0), (11, 20.0), (21, 60.0)))
+    assert [curve.at(x) for x in (0, 1, 6, 11, 16, 31)] == [10, 10, 15, 20, 40, 100]
+    assert Curve(((4, 3.0),)).at(100) == 3.0
+
+
+def test_a_table_survives_the_disk() -> None:
+    rough = CostTable.rough(LARGE)
+    assert CostTable.from_json(rough.to_json()) == rough
+    with pytest.raises(ValueError, match="fields"):
+        CostTable.from_json("{}")
+
+
+def test_a_model_that_is_wrong_by_a_factor_learns_it_for_that_kind_alone() -> None:
+    model = CostModel(table(), SHAPE)
+    decode, prefill = Load.device_decode(2, 10), Load.prefill(Tier.DEVICE, 0, 4, samples=True)
+    before = model.price([whole()], {0: prefill}).total_us
+    for _ in range(60):
+        price = model.price([whole()], {0: decode})
+        model.observe(price, 1.8 * price.table_us)
+    assert price.kind is Kind.DEVICE_DECODE
+    assert model.price([whole()], {0: decode}).total_us == pytest.approx(1.8 * price.table_us, rel=0.02)
+    assert model.price([whole()], {0: prefill}).total_us == before
+    assert model.error < 0.05
+
+
+def test_an_outlier_hardly_moves_the_correction() -> None:
+    model = CostModel(table(), SHAPE)
+    price = model.price([whole()], {0: Load.device_decode(2, 10)})
+    model.observe(price, 1000 * price.table_us)
+    assert model.price([whole()], {0: Load.device_decode(2, 10)}).total_us < 1.05 * price.total_us
+
+
+def test_rough_numbers_show_what_was_measured_on_the_machine_that_they_describe() -> None:
+    """A 70B decode lap of 18 rows takes about 40 ms; r = 4 beats device-only, r = 1 does not."""
+    model = CostModel(CostTable.rough(LARGE), LARGE)
+    device = Load.device_decode(18, 18 * 1024)
+    alone = model.price([Span(0, 0, 81, False)], {0: device}).total_us
+    assert 36_000 < alone < 46_000
+
+    def tokens_per_us(ratio: int, rows: int) -> float:
+        spans = [Span(0, 0, 81, False), Span(1, 0, -(-81 // ratio), True)]
+        price = model.price(spans, {0: device, 1: Load.host_decode(rows, rows * 1024)})
+        return (18 + rows / ratio) / price.total_us
+
+    assert tokens_per_us(1, 14) < 18 / alone < tokens_per_us(4, 56)

@@ -1,0 +1,175 @@
+"""Which program an iteration runs."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neoserve.core.plan import Tier
+from neoserve.core.program import Span
+from neoserve.scheduling.cost import CostModel, CostTable, Load
+from neoserve.scheduling.policy import Policy
+from neoserve.scheduling.split import Choice, Chunk, Splitter, Work, deal
+from tests.control.environment import LARGE
+
+NUM_STEPS = LARGE.num_layers + 1
+DEVICE = Load.device_decode(18, 18 * 1024)
+
+
+def splitter(*, target_us: float | None = None, **rates: float) -> Splitter:
+    cost = CostModel(CostTable.rough(LARGE, **rates), LARGE)  # type: ignore[arg-type]
+    return Splitter(cost, LARGE.num_layers, Policy(), target_us, target_ttft=False)
+
+
+def work(
+    device: Load = DEVICE,
+    chunks: tuple[Chunk, ...] = (),
+    host: tuple[int, ...] = (),
+    lap: Load | None = None,
+    lap_step: int = 0,
+    must_run_host: bool = False,
+) -> Work:
+    return Work(DEVICE, device, chunks, host, lap, lap_step, must_run_host)
+
+
+def is_device_only(choice: Choice) -> bool:
+    return choice.num_host == (0, 0) and choice.lap_steps == 0
+
+
+def prompt(count: int, tier: Tier = Tier.DEVICE) -> Chunk:
+    return Chunk(tier, 0, count, samples=True)
+
+
+def test_without_host_rows_it_is_device_only_with_all_prompts() -> None:
+    choice = splitter().choose(work(chunks=(prompt(1000), prompt(1048))))
+    assert is_device_only(choice)
+    assert choice.prefill_rows == (2048, 0)
+
+
+def test_a_few_host_rows_do_not_pay_and_many_do() -> None:
+    assert is_device_only(splitter().choose(work(host=(1024,) * 4)))
+    choice = splitter().choose(work(host=(1024,) * 60))
+    assert choice.num_host == (0, 60)
+    assert 81 / 6 <= choice.lap_steps <= 81 / 3  # a lap in 3 to 6 iterations: where the worker pool is just hidden
+
+
+def test_a_lap_in_flight_goes_fast_while_prompts_make_the_iteration_long() -> None:
+    lap = Load.host_decode(60, 60 * 1024)
+    slow = splitter().choose(work(lap=lap, lap_step=20))
+    fast = splitter().choose(work(lap=lap, lap_step=20, chunks=(prompt(1024),)))
+    assert 0 < slow.lap_steps < fast.lap_steps <= NUM_STEPS - 20
+
+
+def test_prompts_are_shared_out_when_both_sub_batches_have_host_rows_to_hide() -> None:
+    choice = splitter().choose(work(chunks=(prompt(1000), prompt(1000)), host=(1024,) * 80))
+    assert choice.lap_steps == NUM_STEPS
+    assert min(choice.prefill_rows) > 0
+
+
+def test_prompts_are_taken_out_again_when_the_worker_pool_would_idle() -> None:
+    everything = splitter().choose(work(chunks=(prompt(8000),)))
+    beside_host = splitter().choose(work(chunks=(prompt(8000),), host=(1024,) * 60))
+    assert sum(everything.prefill_rows) == 8000
+    assert 256 <= sum(beside_host.prefill_rows) < 4000
+
+
+def test_the_split_hides_host_attention() -> None:
+    """Without device rows both halves carry host rows, and the device hardly waits while the pool is fast enough."""
+    choice = splitter(host_gb_s=400.0).choose(work(device=Load(), host=(1024,) * 64))
+    assert 24 <= choice.num_host[1] <= 40
+    assert sum(choice.num_host) == 64
+    assert choice.price.total_us < 1.05 * choice.price.device_us
+
+
+def test_host_rows_alone_are_not_split_when_reading_the_weights_twice_costs_more() -> None:
+    choice = splitter().choose(work(device=Load(), host=(64,) * 2))
+    assert choice.num_host == (2, 0)
+
+
+def test_one_host_row_that_must_run_costs_device_rows_little() -> None:
+    """A context of 100k tokens beside 16 short ones: its lap takes many iterations."""
+    alone = splitter().choose(work())
+    choice = splitter().choose(work(host=(100_000,), must_run_host=True))
+    assert choice.lap_steps or choice.num_host[0]
+    assert choice.price.total_us < 1.1 * alone.price.total_us
+
+
+@settings(deadline=None)
+@given(
+    device=st.integers(0, 40),
+    host=st.lists(st.integers(1, 5000), max_size=120),
+    prompts=st.lists(st.integers(1, 3000), max_size=4),
+    host_gb_s=st.sampled_from([5.0, 50.0, 500.0]),
+)
+def test_never_worse_than_device_only(device: int, host: list[int], prompts: list[int], host_gb_s: float) -> None:
+    """Whatever is chosen has a better rate than the same prompts and device rows without host rows."""
+    chosen = splitter(host_gb_s=host_gb_s)
+    load = Load.device_decode(device, device * 800)
+    chunks = tuple(prompt(count) for count in prompts)
+    if not (load.rows or host or chunks):
+        return
+    choice = chosen.choose(work(device=load, chunks=chunks, host=tuple(host)))
+    assert sum(choice.num_host) in (0, len(host))
+    if load.rows and any(choice.num_host):
+        device_only = chosen.choose(work(device=load, chunks=chunks))
+        assert choice.rate > device_only.rate
+    if not load.rows and host:
+        assert sum(choice.num_host) == len(host)
+
+
+@settings(deadline=None)
+@given(
+    step=st.integers(1, 80),
+    rows=st.integers(1, 120),
+    device=st.sampled_from([Load(), DEVICE]),
+    prompts=st.sampled_from([(), (prompt(500),)]),
+)
+def test_a_lap_in_flight_always_gets_on(step: int, rows: int, device: Load, prompts: tuple[Chunk, ...]) -> None:
+    lap = Load.host_decode(rows, rows * 1000)
+    choice = splitter().choose(work(device=device, chunks=prompts, lap=lap, lap_step=step))
+    assert min(NUM_STEPS - step, NUM_STEPS // 16) <= choice.lap_steps <= NUM_STEPS - step
+    assert choice.lap_steps == NUM_STEPS - step or device.rows or prompts
+
+
+@pytest.mark.parametrize("target_ms", [60, 120, 250])
+def test_targets_bound_both_intervals(target_ms: float) -> None:
+    choice = splitter(target_us=target_ms * 1e3).choose(work(host=(1024,) * 30))
+    iterations = NUM_STEPS / choice.lap_steps if choice.lap_steps else 1
+    assert choice.price.total_us * iterations <= target_ms * 1e3
+
+
+def test_a_target_cuts_prompts_down_to_what_fits_beside_the_device_rows() -> None:
+    choice = splitter(target_us=120_000.0).choose(work(chunks=(prompt(8000),)))
+    assert 0 < sum(choice.prefill_rows) < 1000
+    assert choice.price.total_us <= 120_000
+
+
+def test_whether_host_rows_pay_depends_on_how_many_there_will_be_and_on_the_host() -> None:
+    def pays(rows: int, prompt_rows: int = 16, **rates: float) -> bool:
+        return splitter(**rates).pays(DEVICE, DEVICE, Load.host_decode(rows, rows * 1024), prompt_rows)
+
+    assert not pays(2)
+    assert pays(60)
+    assert not pays(60, host_gb_s=5.0)
+    assert pays(40, prompt_rows=1000)
+
+
+@given(st.lists(st.integers(1, 50), max_size=8), st.integers(0, 100), st.integers(0, 100))
+def test_dealing_keeps_to_the_limits_and_to_the_order(counts: list[int], first: int, second: int) -> None:
+    chunks = [prompt(count) for count in counts]
+    dealt = list(deal(chunks, (first, second)))
+    for side, limit in enumerate((first, second)):
+        assert sum(count for _, count, where in dealt if where == side) <= limit
+    assert [index for index, _, _ in dealt] == list(range(len(dealt)))
+    assert all(0 < count <= counts[index] for index, count, _ in dealt)
+    if sum(counts) <= first and not second:
+        assert [count for _, count, _ in dealt] == counts
+
+
+def test_prices_do_not_depend_on_what_was_priced_before() -> None:
+    cost = CostModel(CostTable.rough(LARGE), LARGE)
+    spans = [Span(0, 0, NUM_STEPS, False)]
+    before = cost.price(spans, {0: DEVICE})
+    cost.price(spans, {0: DEVICE + DEVICE})
+    assert cost.price(spans, {0: DEVICE}) == before
