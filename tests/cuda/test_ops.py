@@ -176,7 +176,7 @@ def test_a_captured_bucket_serves_batches_that_grow_and_shrink(heads: tuple[int,
         bucket.run(q, k, v, kv, outs[size])
         graphs[size] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graphs[size]):
-                bucket.run(q, k, v, kv, outs[size])
+            bucket.run(q, k, v, kv, outs[size])
     for lengths in ([3000], [1, 1, 1, 1], [5, 900, 33], [64] * 9, [1500, 2000, 17, 800, 3], list(range(1, 17))):
         batch = random_batch(lengths, [1] * len(lengths), 16, num_blocks)
         static.normal_()

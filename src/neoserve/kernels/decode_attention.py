@@ -9,13 +9,17 @@ Shape letters: B sequences, H query heads, K kv heads, G = H / K, D head dim, N 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from neoserve.kernels.decode_plans import DecodeArrays
+from neoserve.kernels.base import PagedBatch
+from neoserve.kernels.decode_plans import DecodeArrays, DecodePlanBuffer
 from neoserve.kernels.dependent_launch import launch_dependents, wait_for_predecessor
+from neoserve.kernels.paged_arrays import bucket_size
 
 _TILE = 64
 _WARPS = 2
@@ -202,3 +206,38 @@ def attend_decode(
         num_warps=1,
         launch_pdl=dependent,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeAttention:
+    """`kernels.base.PagedAttention` of a decode batch. dependent: whether the GPU has dependent launches."""
+
+    arrays: DecodeArrays
+    dependent: bool
+
+    def run(
+        self,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        kv_N2KPD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
+        attend_decode(self.arrays, q_THD, k_TKD, v_TKD, kv_N2KPD, out_THD, dependent=self.dependent)
+
+
+class FusedDecodePlans:
+    """`kernels.base.DecodePlans`: addresses and numbers of programs never change, so that graphs can hold the runs."""
+
+    def __init__(self, sizes: Sequence[int], buffer: DecodePlanBuffer, *, dependent: bool) -> None:
+        self.sizes = tuple(sorted(sizes))
+        self._buffer = buffer
+        self._buckets = {size: DecodeAttention(buffer.arrays(size), dependent) for size in self.sizes}
+
+    def bucket(self, num_sequences: int) -> DecodeAttention:
+        return self._buckets[bucket_size(self.sizes, num_sequences)]
+
+    def plan(self, batch: PagedBatch) -> DecodeAttention:
+        size = bucket_size(self.sizes, batch.num_sequences)
+        self._buffer.plan(batch, size)
+        return self._buckets[size]

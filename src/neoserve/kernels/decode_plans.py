@@ -5,13 +5,14 @@ Letters: B sequences, W chunks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from neoserve.kernels.base import PagedBatch
-from neoserve.kernels.paged_arrays import aligned_spans
+from neoserve.kernels.paged_arrays import aligned_spans, pad_decode
 
 _SMALLEST_CHUNK = 64
 """Tokens of a chunk, below which a program takes longer to begin than to read them."""
@@ -35,7 +36,7 @@ class DecodeArrays:
 
 def buffer_size(num_sequences: int, num_chunks: int, num_blocks: int) -> int:
     """int32 values that a plan takes."""
-    return _spans(num_sequences, num_chunks, num_blocks)[-1].stop
+    return int(_spans(num_sequences, num_chunks, num_blocks)[-1].stop)
 
 
 def views(buffer: torch.Tensor, num_sequences: int, num_chunks: int, num_blocks: int) -> DecodeArrays:
@@ -47,7 +48,42 @@ def _spans(num_sequences: int, num_chunks: int, num_blocks: int) -> tuple[slice,
     return tuple(aligned_spans((num_sequences + 1, num_chunks, num_sequences + 1, num_sequences, num_blocks)))
 
 
-def pinned_plan(batch: PagedBatch, num_chunks: int) -> torch.Tensor:
+def planned(batch: PagedBatch, num_chunks: int, device: torch.device) -> DecodeArrays:
+    """A decode batch's plan on the device, in memory of its own, by one copy on the current stream."""
+    sizes = (batch.num_sequences, num_chunks, len(batch.block_ids))
+    return views(_pinned(batch, num_chunks).to(device, non_blocking=True), *sizes)
+
+
+class DecodePlanBuffer:
+    """Memory on the device in which plans of some numbers of sequences are made again and again, a prefix of one buffer
+    each: a plan overwrites the one before, in stream order.
+
+    num_chunks: for each number of sequences. max_blocks: of all sequences of a batch together, padding included.
+    """
+
+    def __init__(
+        self, num_chunks: Mapping[int, int], max_blocks: int, padding_block: int, device: torch.device
+    ) -> None:
+        self._num_chunks = num_chunks
+        self._max_blocks = max_blocks
+        self._padding_block = padding_block
+        largest = max(buffer_size(size, chunks, max_blocks) for size, chunks in num_chunks.items())
+        self._buffer = torch.zeros(largest, dtype=torch.int32, device=device)
+
+    def arrays(self, num_sequences: int) -> DecodeArrays:
+        """Where the plans of so many sequences lie."""
+        return views(self._buffer, num_sequences, self._num_chunks[num_sequences], self._max_blocks)
+
+    def plan(self, batch: PagedBatch, num_sequences: int) -> None:
+        """Plan a batch, filled up to `num_sequences`, on the current stream; raises ValueError if it does not fit."""
+        padded = pad_decode(batch, num_sequences, self._padding_block)
+        if len(padded.block_ids) > self._max_blocks:
+            raise ValueError(f"{len(padded.block_ids)} blocks; the plans hold {self._max_blocks}")
+        pinned = _pinned(padded, self._num_chunks[num_sequences])
+        self._buffer[: len(pinned)].copy_(pinned, non_blocking=True)
+
+
+def _pinned(batch: PagedBatch, num_chunks: int) -> torch.Tensor:
     """The plan of a decode batch, in pinned memory of its own. Needs a chunk for each sequence at least."""
     sizes = (batch.num_sequences, num_chunks, len(batch.block_ids))
     buffer = torch.empty(buffer_size(*sizes), dtype=torch.int32, pin_memory=torch.cuda.is_available())

@@ -12,12 +12,15 @@ from __future__ import annotations
 import torch
 
 from neoserve.core.config import ModelShape
-from neoserve.kernels.base import Heads, Norm
+from neoserve.kernels.base import DecodePlans, Heads, Norm, PagedAttention, PagedBatch
+from neoserve.kernels.decode_attention import DecodeAttention, FusedDecodePlans
+from neoserve.kernels.decode_plans import DecodePlanBuffer, planned
 from neoserve.kernels.flashinfer_ops import FlashInferOps
 from neoserve.kernels.row_kernels import Ahead, add_norm, ahead, rope_heads
 from neoserve.kernels.skinny_linear import Multiprocessors, fits, gated, partial_sums, split
 
 _DEPENDENT_LAUNCH_MAJOR = 9
+_CHUNKS_PER_MULTIPROCESSOR = 4
 
 
 class FusedOps(FlashInferOps):
@@ -30,8 +33,23 @@ class FusedOps(FlashInferOps):
         self._gpu = Multiprocessors(
             properties.multi_processor_count,
             properties.shared_memory_per_multiprocessor,
-            properties.shared_memory_per_block_optin,
+            properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         )
+
+    def plan_attention(self, batch: PagedBatch, *, decode: bool) -> PagedAttention:
+        if not decode:
+            return super().plan_attention(batch, decode=False)
+        arrays = planned(batch, self._num_chunks(batch.num_sequences), self._device)
+        return DecodeAttention(arrays, self._dependent)
+
+    def decode_plans(self, sizes: tuple[int, ...], max_blocks: int, padding_block: int) -> DecodePlans:
+        num_chunks = {size: self._num_chunks(size) for size in sizes}
+        buffer = DecodePlanBuffer(num_chunks, max_blocks + max(sizes), padding_block, self._device)
+        return FusedDecodePlans(sizes, buffer, dependent=self._dependent)
+
+    def _num_chunks(self, num_sequences: int) -> int:
+        """So many that every multiprocessor has some, also where each sequence's last is a short one."""
+        return num_sequences + _CHUNKS_PER_MULTIPROCESSOR * self._gpu.count // self._geometry.num_kv_heads
 
     def linear_heads(
         self,
@@ -73,11 +91,11 @@ class FusedOps(FlashInferOps):
         return partials[0] if len(partials) == 1 else partials.sum(0)
 
     def _partial_sums(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
-        share = split(len(x_TK), *weight_NK.shape, self._gpu)
+        share = split(len(x_TK), weight_NK, self._gpu)
         return partial_sums(x_TK, weight_NK, share, dependent=self._dependent)
 
     def _ahead(self, num_rows: int, weight: torch.Tensor) -> Ahead:
         """Of the weight that is read next, what can be fetched meanwhile."""
         if not fits(num_rows, *weight.shape):
             return Ahead(weight, weight.shape[1], 0)
-        return ahead(weight, split(num_rows, *weight.shape, self._gpu).inputs)
+        return ahead(weight, split(num_rows, weight, self._gpu).inputs)

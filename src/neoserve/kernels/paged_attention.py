@@ -16,7 +16,7 @@ import torch
 
 from neoserve.kernels.base import PagedBatch
 from neoserve.kernels.flashinfer_setup import flashinfer
-from neoserve.kernels.paged_arrays import PagedArrays, buffer_size, fill, pad_decode, views
+from neoserve.kernels.paged_arrays import PagedArrays, bucket_size, buffer_size, fill, pad_decode, views
 
 _LAYOUT = "HND"
 _CUDA_CORE_GROUPS = (1, 2, 3)
@@ -156,10 +156,7 @@ class DecodeBuckets:
 
     def bucket(self, num_sequences: int) -> DecodeBucket:
         """The smallest bucket that `num_sequences` fit in; raises ValueError when none does."""
-        for size in self.sizes:
-            if size >= num_sequences:
-                return self._buckets[size]
-        raise ValueError(f"{num_sequences} sequences; the largest bucket is {self.sizes[-1]}")
+        return self._buckets[bucket_size(self.sizes, num_sequences)]
 
     def plan(self, batch: PagedBatch) -> DecodeBucket:
         """Plan the bucket that fits, in place, on the current stream."""

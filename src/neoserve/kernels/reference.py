@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from neoserve.kernels.base import DecodePlans, Ops, PagedAttention, PagedBatch
-from neoserve.kernels.paged_arrays import pad_decode
+from neoserve.kernels.paged_arrays import bucket_size, pad_decode
 
 
 class ReferenceOps(Ops):
@@ -134,18 +134,12 @@ class ReferencePlans:
         self._buckets = {size: ReferenceBucket() for size in self.sizes}
 
     def bucket(self, num_sequences: int) -> ReferenceBucket:
-        return self._buckets[self._size(num_sequences)]
+        return self._buckets[bucket_size(self.sizes, num_sequences)]
 
     def plan(self, batch: PagedBatch) -> ReferenceBucket:
-        size = self._size(batch.num_sequences)
+        size = bucket_size(self.sizes, batch.num_sequences)
         self._buckets[size].planned = ReferenceAttention(pad_decode(batch, size, self._padding_block))
         return self._buckets[size]
-
-    def _size(self, num_sequences: int) -> int:
-        fitting = [size for size in self.sizes if size >= num_sequences]
-        if not fitting:
-            raise ValueError(f"{num_sequences} sequences; the largest bucket is {self.sizes[-1]}")
-        return fitting[0]
 
 
 _NO_ROWS = PagedBatch(*(np.zeros(size, dtype=np.int32) for size in (1, 1, 0, 0)))

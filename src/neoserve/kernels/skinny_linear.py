@@ -63,12 +63,12 @@ def fits(num_rows: int, num_outputs: int, num_inputs: int) -> bool:
     return num_rows <= LARGEST_ROWS and num_outputs % TILE_OUTPUTS == 0 and num_inputs % TILE_INPUTS == 0
 
 
-def split(num_rows: int, num_outputs: int, num_inputs: int, gpu: Multiprocessors) -> Split:
+def split(num_rows: int, weight_NK: torch.Tensor, gpu: Multiprocessors) -> Split:
     """Fewest and largest programs that fill the GPU; where none do, two a multiprocessor or what else fits.
 
     Measured on an H200: equal shares that all run at once matter more than anything else.
     """
-    tiles, steps = num_outputs // TILE_OUTPUTS, num_inputs // TILE_INPUTS
+    tiles, steps = weight_NK.shape[0] // TILE_OUTPUTS, weight_NK.shape[1] // TILE_INPUTS
     choices = []
     for stages in (6, 4, 3):
         slots = gpu.programs(stages * _stage_bytes(num_rows, TILE_OUTPUTS))
