@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from neoserve.core.config import DType, ModelShape
 from neoserve.core.errors import ConfigError
-from neoserve.device.base import Completion, Device, Exchange, Flag, Transfer
+from neoserve.device.base import Completion, Copy, Device, Exchange, Flag, Mark, Transfer
 from neoserve.device.driver import Driver
 from neoserve.device.registration import RegisteredMemory
 from neoserve.kernels.flashinfer_ops import FlashInferOps
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 OLDEST_CAPABILITY = (7, 5)
 _BFLOAT16_CAPABILITY = (8, 0)
 _NUM_CHANNELS = 2
+_CLOCK_ATTEMPTS = 5
 
 
 class _Submitted:
@@ -41,6 +43,14 @@ class _Submitted:
 
     def elapsed_us(self) -> float:
         return float(self.start.elapsed_time(self.end)) * 1e3
+
+
+class _EventMark(Mark):
+    """An event on the stream that is current."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
 
 
 class _Channel:
@@ -165,12 +175,40 @@ class CudaDevice(Device):
         stream = side.stream.cuda_stream
         driver.record_event(side.sent.cuda_event, compute)
         driver.wait_event(stream, side.sent.cuda_event)
-        driver.copy(outward.target.data_ptr(), outward.source.data_ptr(), _num_bytes(outward), stream)
+        self._copy(channel, "out", outward)
         driver.write_value(stream, self._flag_address(ready), value)
         driver.wait_value(stream, self._flag_address(done), value)
-        driver.copy(back.target.data_ptr(), back.source.data_ptr(), _num_bytes(back), stream)
+        self._copy(channel, "back", back)
         driver.record_event(side.back.cuda_event, stream)
         return _Exchange(driver, compute, side.back.cuda_event, (outward, back))
+
+    def _copy(self, channel: int, direction: Literal["out", "back"], transfer: Transfer) -> None:
+        stream = self._channels[channel].stream
+        address = (transfer.target.data_ptr(), transfer.source.data_ptr())
+        if self.on_copy is None:
+            self._driver.copy(*address, _num_bytes(transfer), stream.cuda_stream)
+            return
+        with torch.cuda.stream(stream):
+            begin = self.mark()
+            self._driver.copy(*address, _num_bytes(transfer), stream.cuda_stream)
+            self.on_copy(Copy(channel, direction, begin, self.mark()))
+
+    def mark(self) -> Mark:
+        return _EventMark()
+
+    def times_ns(self, marks: Sequence[Mark]) -> list[int]:
+        """Counted back from an event that the host sees pass; of some attempts, the one that it saw soonest."""
+        anchors = []
+        for _ in range(_CLOCK_ATTEMPTS):
+            torch.cuda.synchronize(self.torch_device)
+            before_ns = time.monotonic_ns()
+            anchor = torch.cuda.Event(enable_timing=True)
+            anchor.record(self._compute)
+            anchor.synchronize()
+            after_ns = time.monotonic_ns()
+            anchors.append((after_ns - before_ns, after_ns, anchor))
+        _, now_ns, anchor = min(anchors, key=lambda attempt: attempt[0])
+        return [now_ns - round(mark.event.elapsed_time(anchor) * 1e6) for mark in marks if isinstance(mark, _EventMark)]
 
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.torch_device)[0]

@@ -20,7 +20,7 @@ from neoserve.execution.executor import Executor
 from neoserve.execution.graphs import num_recorded_laps
 from neoserve.models.checkpoint import Checkpoint, open_checkpoint
 from neoserve.models.decoder import Decoder
-from neoserve.models.weights import dummy_weights, load_weights
+from neoserve.models.weights import DecoderWeights, dummy_weights, load_weights
 from neoserve.scheduling.cost import CostModel
 from neoserve.scheduling.scheduler import Scheduler
 
@@ -39,8 +39,11 @@ class Built:
     instruction_set: str
 
 
-def build(config: EngineConfig, progress: Callable[[str], None]) -> Built:
-    """Make an engine's parts; `progress` gets a line before each step that may take seconds."""
+def build(config: EngineConfig, progress: Callable[[str], None], weights: DecoderWeights | None = None) -> Built:
+    """Make an engine's parts; `progress` gets a line before each step that may take seconds.
+
+    weights: of an earlier engine for the same model, dtype and device, to share; loaded when there are none.
+    """
     checkpoint = open_checkpoint(config.model, config.revision, config.load_format)
     spec = checkpoint.spec
     kind = choose_device(config)
@@ -48,7 +51,7 @@ def build(config: EngineConfig, progress: Callable[[str], None]) -> Built:
     threads = share_cpus(config, kind, host_tier=config.offload != "off")
     try:
         device = make_device(kind, spec.shape, dtype, config.block_size, threads.num_compute)
-        model = _load(config, checkpoint, dtype, device, progress)
+        model = _load(config, checkpoint, dtype, device, progress, weights)
         executor = _executor(config, kind, dtype, device, model, threads, progress)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
@@ -71,16 +74,22 @@ def build(config: EngineConfig, progress: Callable[[str], None]) -> Built:
 
 
 def _load(
-    config: EngineConfig, checkpoint: Checkpoint, dtype: DType, device: Device, progress: Callable[[str], None]
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    dtype: DType,
+    device: Device,
+    progress: Callable[[str], None],
+    weights: DecoderWeights | None,
 ) -> Decoder:
-    """The model on the device."""
+    """The model on the device, with `weights` if they are there already."""
     spec = checkpoint.spec
-    progress(f"loading weights ({dtype}) to {device.name}")
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    if checkpoint.path is None or config.load_format == "dummy":
-        weights = dummy_weights(spec, torch_dtype, device.torch_device, config.seed)
-    else:
-        weights = load_weights(spec, checkpoint.path, torch_dtype, device.torch_device)
+    if weights is None:
+        progress(f"loading weights ({dtype}) to {device.name}")
+        if checkpoint.path is None or config.load_format == "dummy":
+            weights = dummy_weights(spec, torch_dtype, device.torch_device, config.seed)
+        else:
+            weights = load_weights(spec, checkpoint.path, torch_dtype, device.torch_device)
     # A pool may turn out to hold less; the table of rotations is small.
     model = Decoder(spec, weights, device.ops, config.max_model_len)
     device.synchronise()

@@ -16,7 +16,7 @@ from neoserve.core.request import Request
 from neoserve.device.base import Completion, Device
 from neoserve.execution.graphs import Graphs
 from neoserve.execution.handoff import HandOff
-from neoserve.execution.issue import arm, issue
+from neoserve.execution.issue import OnStage, arm, issue
 from neoserve.execution.kv_store import KVStore
 from neoserve.execution.lap import Lap, Sequence, Workshop
 from neoserve.execution.moves import Moves
@@ -98,7 +98,7 @@ class Executor:
         """Forget a request; laps in flight keep what they need of it."""
         self._sequences.pop(request_id, None)
 
-    def launch(self, plan: IterationPlan) -> Launched:
+    def launch(self, plan: IterationPlan, on_stage: OnStage | None = None) -> Launched:
         """Arm the workers and enqueue the iteration, without waiting for anything."""
         store, device = self.store, self.device
         earlier = store.earlier_copies()
@@ -122,7 +122,7 @@ class Executor:
                 lone_lap.replay(recording)
                 lone_lap.head()
             else:
-                issue(stages, laps)
+                issue(stages, laps, on_stage)
 
         return Launched(plan, laps, device.submit(work))
 
