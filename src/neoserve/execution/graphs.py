@@ -29,7 +29,7 @@ from neoserve.models.decoder import Decoder, split_qkv
 
 logger = logging.getLogger(__name__)
 
-LAP_BUCKETS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
+LAP_BUCKETS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128)
 STAGE_BUCKETS = (8, 16, 32, 48, 64, 96, 128, 192, 256)
 """Rows beyond the largest keep a GPU busy for longer than it takes to enqueue them kernel by kernel."""
 MAX_RECORD_S = 25.0
