@@ -56,7 +56,7 @@ def device_kv_bytes(config: EngineConfig, device: Device, model: Decoder, num_ro
     used_bytes = total_bytes - device.free_bytes()
     ours = int(total_bytes * config.gpu_memory_utilization)
     logger.info(
-        "GPU memory in GiB: %.2f of %.2f for NEO, %.2f in use with the model, %.2f for the largest lap, %.2f for graphs",
+        "GPU memory in GiB: %.2f of %.2f for NEO; in use with the model %.2f, largest lap %.2f, graphs %.2f",
         *(count / 2**30 for count in (ours, total_bytes, used_bytes, lap_bytes, recorded_bytes)),
     )
     return ours - used_bytes - lap_bytes - recorded_bytes - FRAGMENT_BYTES
