@@ -2,7 +2,7 @@
 
 #include <sys/prctl.h>
 
-#include <sstream>
+#include <cstdio>
 #include <stdexcept>
 #include <utility>
 
@@ -21,9 +21,9 @@ void nap() {
 
 // As in "30 s" or "0.25 s".
 std::string seconds_text(int64_t time_ns) {
-  std::ostringstream text;
-  text << static_cast<double>(time_ns) * 1e-9 << " s";
-  return text.str();
+  char text[32];
+  std::snprintf(text, sizeof(text), "%g s", static_cast<double>(time_ns) * 1e-9);
+  return text;
 }
 
 }  // namespace

@@ -5,10 +5,11 @@
 #include <algorithm>
 #include <array>
 #include <cctype>
-#include <fstream>
+#include <cstdio>
+#include <cstdlib>
 #include <limits>
 #include <map>
-#include <sstream>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -22,24 +23,41 @@ namespace fs = std::filesystem;
 constexpr int kMaxCpus = 8192;  // the most that Linux can be built for
 using CpuMask = std::array<cpu_set_t, kMaxCpus / CPU_SETSIZE>;
 
-std::string first_line(const fs::path& path) {
-  std::ifstream file(path);
+// The lines of a file, none when it cannot be read. Through C, as all parsing here: iostreams find their way through
+// the process's locale, and crash where a library in the process brings a C++ runtime of its own.
+std::vector<std::string> lines_of(const fs::path& path) {
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(
+      std::fopen(path.c_str(), "r"), [](std::FILE* opened) { return opened == nullptr ? 0 : std::fclose(opened); });
+  std::vector<std::string> lines;
+  if (!file) return lines;
   std::string line;
-  std::getline(file, line);
-  return line;
+  for (int c = std::fgetc(file.get()); c != EOF; c = std::fgetc(file.get())) {
+    if (c != '\n') {
+      line += static_cast<char>(c);
+      continue;
+    }
+    lines.push_back(std::move(line));
+    line.clear();
+  }
+  if (!line.empty()) lines.push_back(std::move(line));
+  return lines;
+}
+
+std::string first_line(const fs::path& path) {
+  const std::vector<std::string> lines = lines_of(path);
+  return lines.empty() ? std::string() : lines.front();
 }
 
 // The numbers of a kernel list such as "0-3,8,10-11".
 std::vector<int> parse_cpu_list(const std::string& text) {
   std::vector<int> cpus;
-  std::istringstream ranges(text);
-  for (std::string range; std::getline(ranges, range, ',');) {
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t end = std::min(text.find(',', begin), text.size());
     int first = 0, last = 0;
-    char dash = 0;
-    std::istringstream numbers(range);
-    if (!(numbers >> first)) continue;
-    if (!(numbers >> dash >> last)) last = first;
-    for (int cpu = first; cpu <= last; ++cpu) cpus.push_back(cpu);
+    const int found = std::sscanf(text.substr(begin, end - begin).c_str(), "%d-%d", &first, &last);
+    if (found == 1) last = first;
+    for (int cpu = first; found >= 1 && cpu <= last; ++cpu) cpus.push_back(cpu);
+    begin = end + 1;
   }
   return cpus;
 }
@@ -58,17 +76,14 @@ std::map<int, int> node_of_cpu(const fs::path& root) {
 // CPUs that a quota of `quota` microseconds in each `period` pays for; a quota of "max" or -1 does not limit.
 double quota_cpus(const std::string& quota, const std::string& period) {
   constexpr double kUnlimited = std::numeric_limits<double>::infinity();
-  std::istringstream quota_text(quota), period_text(period);
-  double quota_us = 0, period_us = 0;
-  if (!(quota_text >> quota_us) || !(period_text >> period_us) || quota_us <= 0 || period_us <= 0) return kUnlimited;
-  return quota_us / period_us;
+  const double quota_us = std::strtod(quota.c_str(), nullptr), period_us = std::strtod(period.c_str(), nullptr);
+  return quota_us > 0 && period_us > 0 ? quota_us / period_us : kUnlimited;
 }
 
 double cgroup_v2_cpus(const fs::path& directory) {
-  std::istringstream fields(first_line(directory / "cpu.max"));
-  std::string quota, period;
-  fields >> quota >> period;
-  return quota_cpus(quota, period);
+  const std::string line = first_line(directory / "cpu.max");
+  const size_t blank = std::min(line.find(' '), line.size());
+  return quota_cpus(line.substr(0, blank), line.substr(blank));
 }
 
 double cgroup_v1_cpus(const fs::path& directory) {
@@ -79,8 +94,7 @@ double cgroup_v1_cpus(const fs::path& directory) {
 // "<id>:<controllers>:<path>", without controllers for version 2.
 double cgroup_cpus(const fs::path& root) {
   double cpus = std::numeric_limits<double>::infinity();
-  std::ifstream file(root / "proc/self/cgroup");
-  for (std::string line; std::getline(file, line);) {
+  for (const std::string& line : lines_of(root / "proc/self/cgroup")) {
     const size_t first = line.find(':'), second = line.find(':', first + 1);
     if (first == std::string::npos || second == std::string::npos) continue;
     const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
