@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cctype>
+#include <charconv>
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
@@ -23,41 +24,43 @@ namespace fs = std::filesystem;
 constexpr int kMaxCpus = 8192;  // the most that Linux can be built for
 using CpuMask = std::array<cpu_set_t, kMaxCpus / CPU_SETSIZE>;
 
-// The lines of a file, none when it cannot be read. Through C, as all parsing here: iostreams find their way through
-// the process's locale, and crash where a library in the process brings a C++ runtime of its own.
+// The lines of a file, none where there is no such file. No streams of the standard library here: in a process that has
+// loaded a second copy of it, as GPU wheels bring, their locales may be those of the other copy, and crash.
 std::vector<std::string> lines_of(const fs::path& path) {
-  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(
-      std::fopen(path.c_str(), "r"), [](std::FILE* opened) { return opened == nullptr ? 0 : std::fclose(opened); });
   std::vector<std::string> lines;
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "re"), &std::fclose);
   if (!file) return lines;
   std::string line;
-  for (int c = std::fgetc(file.get()); c != EOF; c = std::fgetc(file.get())) {
-    if (c != '\n') {
+  for (int c = 0; (c = std::fgetc(file.get())) != EOF;) {
+    if (c == '\n') {
+      lines.push_back(std::exchange(line, {}));
+    } else {
       line += static_cast<char>(c);
-      continue;
     }
-    lines.push_back(std::move(line));
-    line.clear();
   }
-  if (!line.empty()) lines.push_back(std::move(line));
+  if (!line.empty()) lines.push_back(line);
   return lines;
 }
 
 std::string first_line(const fs::path& path) {
   const std::vector<std::string> lines = lines_of(path);
-  return lines.empty() ? std::string() : lines.front();
+  return lines.empty() ? "" : lines.front();
 }
 
 // The numbers of a kernel list such as "0-3,8,10-11".
 std::vector<int> parse_cpu_list(const std::string& text) {
   std::vector<int> cpus;
-  for (size_t begin = 0; begin < text.size();) {
-    const size_t end = std::min(text.find(',', begin), text.size());
-    int first = 0, last = 0;
-    const int found = std::sscanf(text.substr(begin, end - begin).c_str(), "%d-%d", &first, &last);
-    if (found == 1) last = first;
-    for (int cpu = first; found >= 1 && cpu <= last; ++cpu) cpus.push_back(cpu);
-    begin = end + 1;
+  for (const char *at = text.data(), *end = at + text.size(); at < end; ++at) {
+    int first = 0;
+    const auto parsed = std::from_chars(at, end, first);
+    int last = first;
+    if (parsed.ec == std::errc()) {
+      at = parsed.ptr;
+      if (at < end && *at == '-') at = std::from_chars(at + 1, end, last).ptr;
+      for (int cpu = first; cpu <= last; ++cpu) cpus.push_back(cpu);
+    }
+    at = std::find(at, end, ',');
+    if (at == end) break;
   }
   return cpus;
 }
@@ -77,13 +80,13 @@ std::map<int, int> node_of_cpu(const fs::path& root) {
 double quota_cpus(const std::string& quota, const std::string& period) {
   constexpr double kUnlimited = std::numeric_limits<double>::infinity();
   const double quota_us = std::strtod(quota.c_str(), nullptr), period_us = std::strtod(period.c_str(), nullptr);
-  return quota_us > 0 && period_us > 0 ? quota_us / period_us : kUnlimited;
+  return quota_us > 0 && period_us > 0 && quota_us < kUnlimited ? quota_us / period_us : kUnlimited;
 }
 
 double cgroup_v2_cpus(const fs::path& directory) {
   const std::string line = first_line(directory / "cpu.max");
-  const size_t blank = std::min(line.find(' '), line.size());
-  return quota_cpus(line.substr(0, blank), line.substr(blank));
+  const size_t space = line.find(' ');
+  return space == std::string::npos ? quota_cpus("max", "") : quota_cpus(line.substr(0, space), line.substr(space + 1));
 }
 
 double cgroup_v1_cpus(const fs::path& directory) {

@@ -16,11 +16,12 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
-from neoserve.kernels.base import Ops, PagedAttention, PagedBatch
+from neoserve.kernels.base import DecodePlans, Ops, PagedAttention, PagedBatch
 
 __all__ = [
     "Completion",
     "Copy",
+    "DecodePlans",
     "Device",
     "Exchange",
     "Flag",
@@ -98,7 +99,7 @@ class Device(ABC):
 
     @abstractmethod
     def register(self, address: int, num_bytes: int) -> None:
-        """Let the device reach memory that the host allocated, until `close`. Raises `ConfigError` if it cannot."""
+        """Let the device reach memory that the host allocated, until `close`. Raises `HostMemoryError` if it cannot."""
 
     @abstractmethod
     def upload(self, array: np.ndarray) -> torch.Tensor:
@@ -111,6 +112,36 @@ class Device(ABC):
     @abstractmethod
     def submit(self, work: Callable[[], None]) -> Completion:
         """Run `work`, whose torch calls land on the compute stream, after all that was submitted before."""
+
+    @abstractmethod
+    def submit_copies(self, work: Callable[[], None]) -> Completion:
+        """Run `work`, copies between the tiers, after all that was submitted before, beside what is submitted later.
+
+        What needs the copies calls `wait_for` first. May be called inside `submit`.
+        """
+
+    @abstractmethod
+    def wait_for(self, completion: Completion) -> None:
+        """Inside `submit`: later work of the compute stream waits, on the device, for what `submit_copies` began.
+
+        Raises what that work raised while it was enqueued.
+        """
+
+    @abstractmethod
+    def hold_exchanges(self, channel: int, completion: Completion) -> None:
+        """Inside `submit`: as `wait_for`, but it is the channel's later exchanges that wait."""
+
+    @abstractmethod
+    def record(self, work: Callable[[], None], group: int) -> Callable[[], None]:
+        """Inside `submit`: a closure that enqueues, each time it is called, what `work` would: the same kernels at the
+        same addresses, so whatever changes must lie in tensors that stay. `work` must have run once before.
+
+        What a recording leaves in tensors that `work` allocated is lost when another one of its `group` runs.
+        """
+
+    @abstractmethod
+    def synchronise(self) -> None:
+        """Block until all work is done, also what was enqueued outside `submit`."""
 
     @abstractmethod
     def exchange(

@@ -33,6 +33,16 @@ class _Work:
         self.error: BaseException | None = None
         self.duration_us = 0.0
 
+    def do(self) -> None:
+        """Run the closure on the calling thread."""
+        start_s = time.perf_counter()
+        try:
+            self.run()
+        except BaseException as error:  # handed to whoever waits for the work
+            self.error = error
+        self.duration_us = (time.perf_counter() - start_s) * 1e6
+        self.finished.set()
+
     def wait(self) -> None:
         self.finished.wait()
         if self.error is not None:
@@ -87,13 +97,7 @@ class ReferenceDevice(Device):
         torch.set_num_threads(num_threads)
         with torch.inference_mode():
             while (work := self._queue.get()) is not None:
-                start_s = time.perf_counter()
-                try:
-                    work.run()
-                except BaseException as error:  # handed to whoever waits for the work
-                    work.error = error
-                work.duration_us = (time.perf_counter() - start_s) * 1e6
-                work.finished.set()
+                work.do()
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -111,6 +115,27 @@ class ReferenceDevice(Device):
         item = _Work(work)
         self._queue.put(item)
         return item
+
+    def submit_copies(self, work: Callable[[], None]) -> Completion:
+        """In the order of the one stream: at once where it is the stream that submits."""
+        if threading.current_thread() is not self._thread:
+            return self.submit(work)
+        item = _Work(work)
+        item.do()
+        return item
+
+    def wait_for(self, completion: Completion) -> None:
+        completion.wait()
+
+    def hold_exchanges(self, channel: int, completion: Completion) -> None:
+        completion.wait()
+
+    def record(self, work: Callable[[], None], group: int) -> Callable[[], None]:
+        """The work itself: running it again is all there is to replay."""
+        return work
+
+    def synchronise(self) -> None:
+        self.submit(lambda: None).wait()
 
     def exchange(
         self, channel: int, outward: Transfer, ready: Flag, done: Flag, value: int, back: Transfer
