@@ -63,7 +63,7 @@ def test_who_watches_is_told_of_both_copies_of_an_exchange(device: CudaDevice) -
     _native.flag_raise(done.address, 2)
     completion.wait()
     device.on_copy = None
-    assert [(copy.channel, copy.direction) for copy in copies] == [(1, "out"), (1, "back")]
+    assert [(copy.what, copy.channel) for copy in copies] == [("out", 1), ("back", 1)]
     out, back = copies
     times_ns = device.times_ns([out.begin, out.end, back.begin, back.end])
     assert times_ns == sorted(times_ns)

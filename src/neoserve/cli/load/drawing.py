@@ -17,7 +17,7 @@ _COLOURS = {
     Op.EMBED.value: "#9aa5b1", Op.PRE.value: "#4c78a8", Op.SEND.value: "#e45756", Op.ATTEND.value: "#54a24b",
     Op.RECV.value: "#d8d8d8", Op.POST.value: "#2f5b8c", Op.HEAD.value: "#9aa5b1",
 }  # fmt: skip
-_OTHER_COLOURS = {"copies": "#e45756", "workers": "#f2a541"}
+_OTHER_COLOURS = {"sub-batch 0": "#9aa5b1", "sub-batch 1": "#9aa5b1", "copies": "#e45756", "workers": "#f2a541"}
 _LEAST_LABELLED = 0.03
 """Of the picture's width: narrower bars have no room for a name."""
 
@@ -108,7 +108,8 @@ def draw_timeline(bars: Sequence[Bar], begin_us: float, end_us: float, path: Pat
 
 def _op(bar: Bar) -> str | None:
     """The op of a stage on its sub-batch's lane; `None` for other bars."""
-    return bar.name.split()[0] if bar.lane.startswith("sub-batch") else None
+    op = bar.name.split()[0]
+    return op if bar.lane.startswith("sub-batch") and op in _COLOURS else None
 
 
 def _label(bar: Bar) -> str:
