@@ -173,14 +173,15 @@ class Trace:
         return len(self._traced)
 
     def _events(self) -> Iterator[dict[str, Any]]:
-        stage_marks = [mark for traced in self._traced.values() for _, mark in traced.stages]
+        followed = [traced for traced in self._traced.values() if traced.stages]
+        stage_marks = [mark for traced in followed for _, mark in traced.stages]
         copy_marks = [mark for copy in self._copies for mark in (copy.begin, copy.end)]
         if not stage_marks:
             return
         times_ns = self._device.times_ns(stage_marks + copy_marks)
         start_ns, stop_ns = (bound(times_ns[: len(stage_marks)]) for bound in (min, max))
         stage_ns, copy_ns = iter(times_ns), iter(times_ns[len(stage_marks) :])
-        for traced in filter(lambda traced: traced.stages, self._traced.values()):
+        for traced in followed:
             at_us = [(next(stage_ns) - start_ns) / 1e3 for _ in traced.stages]
             yield from _iteration_events(traced, at_us)
         for copy in self._copies:
