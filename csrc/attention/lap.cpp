@@ -122,6 +122,7 @@ struct Lap::State {
   Split split;
   std::unique_ptr<Unclaimed[]> unclaimed;              // by thread
   std::unique_ptr<std::atomic<int32_t>[]> slots_open;  // by cut: partial results that are not there yet
+  std::atomic<int32_t> num_unclaimed;                  // items of all threads, so that the end is seen at one look
   std::atomic<int32_t> threads_busy;                   // that have not returned from this layer
   AlignedMemory partials;
   AlignedMemory scratch;
@@ -138,16 +139,22 @@ struct Lap::State {
 // The thread's own items first, then one of the thread that has most left.
 const Item* Lap::State::claim(int thread) {
   const int32_t own = unclaimed[thread].claim_first();
-  if (own >= 0) return items_of(thread) + own;
-  for (;;) {
+  if (own >= 0) {
+    num_unclaimed.fetch_sub(1, std::memory_order_relaxed);
+    return items_of(thread) + own;
+  }
+  while (num_unclaimed.load(std::memory_order_relaxed) > 0) {
     int slowest = 0;
     for (int i = 1; i < num_threads; ++i) {
       if (unclaimed[i].count() > unclaimed[slowest].count()) slowest = i;
     }
-    if (unclaimed[slowest].count() <= 0) return nullptr;
     const int32_t index = unclaimed[slowest].claim_last();
-    if (index >= 0) return items_of(slowest) + index;
+    if (index >= 0) {
+      num_unclaimed.fetch_sub(1, std::memory_order_relaxed);
+      return items_of(slowest) + index;
+    }
   }
+  return nullptr;
 }
 
 // Whoever finishes the last item of a (row, kv head) merges its partial results.
@@ -165,6 +172,7 @@ void Lap::State::leave_layer() {
   if (threads_busy.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
   threads_busy.store(num_threads, std::memory_order_relaxed);
   for (int i = 0; i < num_threads; ++i) unclaimed[i].reset(num_items(i));
+  num_unclaimed.store(static_cast<int32_t>(split.items.size()), std::memory_order_relaxed);
 }
 
 Lap::Lap(const LapShape& shape, int num_threads, const Policy& policy) {

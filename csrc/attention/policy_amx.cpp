@@ -16,7 +16,7 @@ template <int kDim>
 void attend_bf16(const Share& share) {
   const Geometry& g = share.lap->geometry;
   if (g.num_query_heads / g.num_kv_heads < NEO_AMX_SMALLEST_GROUP) {
-    attend<VectorTiles<BF16DotMath, kDim>>(share);
+    attend<VectorTiles<FloatMath<Avx512, BF16>, kDim>>(share);
   } else {
     attend<AmxTiles<kDim>>(share);
   }

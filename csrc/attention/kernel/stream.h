@@ -11,7 +11,7 @@ constexpr int kCacheLine = 64;
 
 // How far ahead of its use the KV is asked for, and into which cache. Measured: docs/log.md.
 #ifndef NEO_PREFETCH_BYTES
-#define NEO_PREFETCH_BYTES 16384
+#define NEO_PREFETCH_BYTES 24576
 #define NEO_PREFETCH_INSTRUCTION "prefetcht0"
 #endif
 
@@ -73,8 +73,8 @@ class TileStream {
         tile_bytes_(2 * block_size_ * row_bytes),
         now_(share, first, last, tile_bytes_),
         ahead_(share, first, last, tile_bytes_) {
-    const int64_t tiles_ahead = (NEO_PREFETCH_BYTES + tile_bytes_ - 1) / tile_bytes_;
-    for (int64_t i = 0; i < tiles_ahead; ++i) ask(ahead_.next());
+    const int64_t tiles_ahead = NEO_PREFETCH_BYTES / tile_bytes_;
+    for (int64_t i = 0; i < (tiles_ahead < 1 ? 1 : tiles_ahead); ++i) ask(ahead_.next());
   }
 
   StreamedTile next() {
