@@ -1,8 +1,15 @@
-"""The compiled part: attention of the host tier, its worker pool, memory and flags. Addresses are plain integers."""
+"""The compiled part: attention of the host tier, its worker pool, memory and flags. Addresses are plain integers.
+
+A flag is a 32-bit word that host and device share, on a cache line of its own. Its value only grows, and may wrap: a
+flag has reached a value when their signed 32-bit difference is not negative, as in cuStreamWaitValue32. Bad arguments
+raise ValueError with their names and values; nothing here holds the GIL while it waits.
+"""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 def instruction_sets() -> list[str]:
     """The tile policies that this machine can run, best first, of "amx", "avx512", "avx2", "portable"."""
@@ -11,47 +18,73 @@ def default_instruction_set() -> str:
     """The first of `instruction_sets()`, or what NEO_CPU_ISA names; raises ValueError if it cannot run here."""
 
 def allowed_cpus() -> list[int]:
-    """CPUs that affinity and the cgroup leave to this process, one for each physical core first, by NUMA node."""
+    """CPUs to use: those that affinity allows, one for each physical core first, by NUMA node; no more than the
+    cgroup's quota pays for."""
 
-def flag_read(address: int) -> int: ...
-def flag_raise(address: int, value: int) -> None: ...
+def flag_read(address: int) -> int:
+    """The flag's value; what was written before it was raised is visible afterwards."""
+
+def flag_raise(address: int, value: int) -> None:
+    """Set the flag, after all earlier writes of this thread, and wake who waits for it in this process."""
+
 def flag_wait(address: int, value: int, timeout_s: float) -> bool:
-    """Wait, without the GIL, until the flag is >= value; false when the time is over."""
+    """Wait until the flag has reached `value`; false when the time is over.
+
+    A flag that this process or its workers raise is seen within microseconds, one that a device writes within 1 ms.
+    """
 
 class HostMemory:
-    """Zeroed memory on huge pages where the system gives them, freed with the object."""
+    """Zeroed memory, aligned to 2 MiB, on huge pages where the system gives them, freed with the object."""
 
-    def __init__(self, num_bytes: int, *, huge_pages: bool = True) -> None: ...
+    def __init__(self, num_bytes: int, *, huge_pages: bool = True, touch_cpus: Sequence[int] = ()) -> None:
+        """With `touch_cpus`, a thread on each of these CPUs makes a part of the pages now, near that CPU; without,
+        pages are made on first use. Raises MemoryError when the system does not give the memory."""
     @property
     def address(self) -> int: ...
     @property
     def num_bytes(self) -> int: ...
-    def array(self) -> np.ndarray:
-        """The memory as uint8, sharing it and keeping it alive."""
+    def array(self) -> npt.NDArray[np.uint8]:
+        """The memory as one dimension of bytes, sharing it and keeping it alive."""
 
 class WorkerPool:
     """Threads pinned to `cpus`, one each, that attend the armed laps in the order in which they were armed.
 
-    They spin for `spin_us` after work, then sleep. A task that does not finish within `deadline_s` of its `ready`
-    flag, whose worker throws or dies, records the first error and still raises `done`.
+    Who waits spins for `spin_us`, then sleeps; without an armed task nobody wakes. While a task is armed, one sleeping
+    worker looks at its `ready` flag every `nap_us`, because a device that writes it wakes nobody; a flag raised by
+    `flag_raise` is seen at once, so where no device writes flags a long nap saves CPU time.
+
+    A task that is not done `deadline_s` after its `ready` flag, or whose worker throws or dies, is the pool's first
+    error. From then until `clear_error`, every armed task's `done` is raised without work, so that nothing that waits
+    for it hangs. Flags and memory of a task must live until its `done` is raised, and after an error until
+    `clear_error` or `close` has returned.
     """
 
-    def __init__(self, cpus: Sequence[int], *, spin_us: float = 200.0, deadline_s: float = 30.0) -> None: ...
+    def __init__(
+        self, cpus: Sequence[int], *, spin_us: float = 200.0, nap_us: float = 30.0, deadline_s: float = 30.0
+    ) -> None: ...
     @property
     def num_workers(self) -> int: ...
     def error(self) -> str | None:
-        """The first error since `clear_error`, if any; the pool refuses work until it is cleared."""
+        """The first error since the last `clear_error`: which worker or task, and what happened."""
     def clear_error(self) -> None:
-        """Forget the error, replace dead workers."""
+        """Drop all armed tasks (raising their `done`), wait until no worker is at work, replace dead workers, forget
+        the error. Also without an error, to empty the queue. Raises RuntimeError when a worker does not come back
+        within the deadline, or when the pool is closed."""
     def read_bandwidth(self, num_bytes: int, repeats: int = 3) -> float:
-        """GB/s at which the workers stream plain loads over fresh huge-page memory, best of `repeats`."""
-    def inject_fault(self, kind: str, *, after_tasks: int = 0) -> None:
-        """For tests of what happens then: one worker will "throw", "die" or "stall" at the given task from now."""
+        """GB/s (10^9) at which the workers stream plain loads over fresh huge-page memory, best of `repeats`."""
+    def inject_fault(self, kind: Literal["throw", "die", "stall"], *, after_tasks: int = 0, worker: int = -1) -> None:
+        """For tests of what happens then: worker `worker` (negative: from the last) will throw, end its thread, or
+        stall until the deadline passes, at the task after the next `after_tasks` ones."""
     def close(self) -> None:
-        """End the threads; tasks still armed end with an error and their `done` raised."""
+        """Drop all armed tasks (raising their `done`; the error says so), end the threads. May be called again."""
 
 class HostAttention:
-    """Decode attention over one host KV pool. Layout and rules: csrc/attention/attention.h."""
+    """Decode attention over one host KV pool. Layout and rules: csrc/attention/attention.h.
+
+    `kv_address`: [num_layers][num_blocks][num_kv_heads][2][block_size * head_dim] of `dtype` ("float32", "bfloat16" or
+    "float16"), which the caller keeps alive. `scale`: of the scores. `instruction_set`: `default_instruction_set()`
+    unless given.
+    """
 
     def __init__(
         self,
@@ -70,22 +103,31 @@ class HostAttention:
     ) -> None: ...
     def plan(
         self,
-        lengths: np.ndarray,
-        block_start: np.ndarray,
-        block_ids: np.ndarray,
+        lengths: npt.NDArray[np.int32],
+        block_start: npt.NDArray[np.int32],
+        block_ids: npt.NDArray[np.int32],
         *,
         qkv_address: int,
         out_address: int,
         lse_address: int = 0,
     ) -> Lap:
-        """Check and split the host rows of one lap (int32 arrays, copied)."""
+        """Check and split the host rows of one lap; the arrays are copied, the memory stays the caller's.
+
+        lengths: [B] tokens of each row's sequence, the new one included. block_start: [B + 1] where each row's block
+        table begins in block_ids. qkv: [B][num_query_heads + 2 * num_kv_heads][head_dim], out:
+        [B][num_query_heads][head_dim], both of the KV's dtype; lse: [B][num_query_heads] float32, none at address 0.
+        """
     def arm(self, lap: Lap, layer: int, *, ready: int, ready_value: int, done: int, done_value: int) -> None:
-        """Queue one layer: wait for flag `ready` >= ready_value, attend, set flag `done` to done_value."""
+        """Queue one layer: wait until flag `ready` has reached ready_value, attend, set flag `done` to done_value.
+
+        Takes under a microsecond, and a system call when the workers sleep. Raises RuntimeError when 4096 tasks are
+        armed already, and when the pool is closed, then after setting `done`.
+        """
     def attend(self, lap: Lap, layer: int) -> None:
-        """Attend one layer now and wait for it, without flags; raises RuntimeError when a worker fails."""
+        """Attend one layer after what is armed, and wait for it; raises RuntimeError with the pool's error."""
 
 class Lap:
-    """Host rows of one lap, planned once and run once a layer."""
+    """Host rows of one lap, planned once and run once a layer. Armed layers keep it alive."""
 
     @property
     def kv_bytes(self) -> int:
@@ -94,6 +136,7 @@ class Lap:
     def busy_us(self) -> float:
         """Time from `ready` seen to `done` raised, summed over the layers run so far."""
     @property
-    def layers_done(self) -> int: ...
-    def timeline(self) -> np.ndarray:
-        """int64 [layers run, 3]: layer, start and end in nanoseconds of the monotonic clock."""
+    def layers_done(self) -> int:
+        """Layers run so far; those dropped in error do not count."""
+    def timeline(self) -> npt.NDArray[np.int64]:
+        """[layers run, 3]: layer, start and end in nanoseconds of the monotonic clock (`time.monotonic_ns`)."""

@@ -6,9 +6,15 @@ are in flight (`Span`), and ends some: the rows of an ended lap have a token eac
 """
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
 
 from neoserve.core.program import Span
+
+BlockIds = npt.NDArray[np.int32]
+"""Block ids in order: a read-only view of a table that only grows, so a plan costs nothing per block of context."""
 
 
 class Tier(enum.Enum):
@@ -26,9 +32,9 @@ class Rows:
     start: tokens of the sequence whose KV is already in the pool; the rows' positions are [start, start + count).
     token_ids: the rows' tokens for a prefill chunk; `None` for a decode row, whose token is the id that the
         sequence's last lap sampled and which is still on the device.
-    block_ids: the sequence's block table in its tier's pool, covering start + count tokens.
-    staging_block_ids: for a prefill chunk of a HOST sequence, blocks of the one-layer staging area covering
-        start + count tokens; empty otherwise.
+    block_ids: the sequence's block table in its tier's pool, exactly the blocks that hold start + count tokens.
+    staging_block_ids: for a prefill chunk of a HOST sequence, as many blocks of the one-layer staging area; empty
+        otherwise.
     samples: whether the last row yields a token (false for all but the last chunk of a prompt).
     num_generated: tokens that the sequence has generated before the one that this lap samples, in flight included.
     """
@@ -39,7 +45,7 @@ class Rows:
     start: int
     count: int
     token_ids: tuple[int, ...] | None
-    block_ids: tuple[int, ...]
+    block_ids: BlockIds = field(compare=False)
     staging_block_ids: tuple[int, ...]
     samples: bool
     num_generated: int
@@ -83,8 +89,8 @@ class Migration:
 
     request_id: str
     source: Tier
-    source_block_ids: tuple[int, ...]
-    target_block_ids: tuple[int, ...]
+    source_block_ids: BlockIds = field(compare=False)
+    target_block_ids: BlockIds = field(compare=False)
     num_tokens: int
 
 

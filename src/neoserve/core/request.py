@@ -62,12 +62,15 @@ class SamplingParams:
         _check(1 <= self.n <= MAX_N, "n", self.n, f"1 to {MAX_N}")
         _check(self.temperature >= 0, "temperature", self.temperature, "0 or more")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0, at most 1")
-        _check(self.top_k >= -1, "top_k", self.top_k, "-1 or 0 (all tokens) or at least 1")
+        _check(-1 <= self.top_k < 2**31, "top_k", self.top_k, "-1 or 0 (all tokens) or at least 1, less than 2**31")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1")
         _check(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "more than 0")
         _check(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "-2 to 2")
         _check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "-2 to 2")
         _check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", len(self.logit_bias), f"at most {MAX_LOGIT_BIAS}")
+        for bias in self.logit_bias.values():
+            _check(-100 <= bias <= 100, "logit_bias", bias, "values from -100 to 100")
+        _check(self.seed is None or 0 <= self.seed < 2**63, "seed", self.seed, "0 or more, less than 2**63")
         _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
         _check(self.min_tokens >= 0, "min_tokens", self.min_tokens, "0 or more")
         _check(

@@ -27,7 +27,10 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counters (`_total`) and gauges of an engine. Times in microseconds."""
+    """Counters (`_total`) and gauges of an engine. Times in microseconds.
+
+    prediction_error: median of |predicted - measured| / measured over the latest iterations.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -46,5 +49,6 @@ class EngineStats:
     measured_us_total: float = 0.0
     last_predicted_us: float = 0.0
     last_measured_us: float = 0.0
+    prediction_error: float = 0.0
     host_busy_us_total: float = 0.0
     host_bytes_total: int = 0

@@ -1,0 +1,121 @@
+"""The reference device: CPU tensors, and a thread as its compute stream.
+
+`submit` returns at once and the thread runs the work in order, so launching ahead, flags and the worker pool behave
+as they do on a GPU: a hand-off blocks the stream, never the caller.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+
+from neoserve import _native
+from neoserve.core.errors import HostAttentionError
+from neoserve.device.base import Completion, Device, Exchange, Flag, Transfer
+from neoserve.kernels.reference import ReferenceOps
+
+
+class _Work:
+    """A closure on its way through the stream thread; its own `Completion`."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.run = run
+        self.finished = threading.Event()
+        self.error: BaseException | None = None
+        self.duration_us = 0.0
+
+    def wait(self) -> None:
+        self.finished.wait()
+        if self.error is not None:
+            raise self.error
+
+    def done(self) -> bool:
+        return self.finished.is_set()
+
+    def elapsed_us(self) -> float:
+        return self.duration_us
+
+
+@dataclass(frozen=True, slots=True)
+class _Exchange:
+    """The way back, made when it is needed: a thread that is its own stream cannot wait beside itself."""
+
+    done: Flag
+    value: int
+    back: Transfer
+    timeout_s: float
+
+    def finish(self) -> None:
+        if not _native.flag_wait(self.done.address, self.value, self.timeout_s):
+            raise HostAttentionError(f"no worker raised the done flag to {self.value} within {self.timeout_s} s")
+        self.back.target.copy_(self.back.source)
+
+
+class ReferenceDevice(Device):
+    """CPU tensors behind the interface of a GPU.
+
+    num_threads: torch's threads for the stream, so that they and the worker pool together do not exceed the cores.
+    flag_timeout_s: a backstop for a hand-off; the worker pool raises every armed flag long before.
+    """
+
+    def __init__(self, num_threads: int, flag_timeout_s: float = 120.0) -> None:
+        self.torch_device = torch.device("cpu")
+        self.ops = ReferenceOps()
+        self.name = "reference (CPU)"
+        self._flag_timeout_s = flag_timeout_s
+        self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, args=(num_threads,), name="neo-stream", daemon=True)
+        self._thread.start()
+
+    def _run(self, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        with torch.inference_mode():
+            while (work := self._queue.get()) is not None:
+                start_s = time.perf_counter()
+                try:
+                    work.run()
+                except BaseException as error:  # handed to whoever waits for the work
+                    work.error = error
+                work.duration_us = (time.perf_counter() - start_s) * 1e6
+                work.finished.set()
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    def register(self, address: int, num_bytes: int) -> None:
+        """Host memory is this device's memory: nothing to do."""
+
+    def upload(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array)
+
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def submit(self, work: Callable[[], None]) -> Completion:
+        item = _Work(work)
+        self._queue.put(item)
+        return item
+
+    def exchange(
+        self, channel: int, outward: Transfer, ready: Flag, done: Flag, value: int, back: Transfer
+    ) -> Exchange:
+        outward.target.copy_(outward.source)
+        _native.flag_raise(ready.address, value)
+        return _Exchange(done, value, back, self._flag_timeout_s)
+
+    def free_bytes(self) -> int:
+        return int(psutil.virtual_memory().available)
+
+    def total_bytes(self) -> int:
+        return int(psutil.virtual_memory().total)
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()

@@ -1,0 +1,307 @@
+"""Measure what an iteration's parts cost on this machine: seconds at start-up, kept on disk by model and machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from neoserve import _native
+from neoserve.core.config import ResolvedConfig
+from neoserve.core.plan import Rows, Tier
+from neoserve.core.program import Op, Span, program
+from neoserve.device.base import PagedBatch
+from neoserve.execution.executor import Executor
+from neoserve.models.decoder import split_qkv
+from neoserve.scheduling.cost import CostTable, Curve
+
+REPEATS = 5
+LINEAR_ROWS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+MAX_LAYERS = 8
+"""Layers that a linear measurement goes through: enough that none finds its weights in a cache."""
+
+
+def cache_folder() -> Path:
+    """Where measurements are kept: NEO_CACHE_DIR, or the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "neoserve"
+    return Path(os.environ.get("NEO_CACHE_DIR", default))
+
+
+def cost_table(executor: Executor) -> CostTable:
+    """The costs of this model on this machine: from the disk if they were measured before, else measured now."""
+    path = cache_folder() / f"costs-{_fingerprint(executor)}.json"
+    try:
+        return CostTable.from_json(path.read_text())
+    except (OSError, ValueError):
+        pass
+    table = Calibration(executor).measure()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(table.to_json())
+        partial.replace(path)
+    except OSError:
+        pass  # a cache that cannot be written costs the next start some seconds, no more
+    return table
+
+
+def _fingerprint(executor: Executor) -> str:
+    """What the costs depend on: the model's shape, the sizes measured, the hardware, and the versions of the code."""
+    config: ResolvedConfig = executor.config
+    facts = (
+        config.shape, config.dtype, config.block_size, config.max_num_batched_tokens, config.max_num_seqs,
+        config.device_blocks, config.host_blocks, config.worker_cpus, config.enforce_eager, executor.device.name,
+        platform.processor(), os.cpu_count(), _native.default_instruction_set(), torch.__version__,
+        Path(__file__).read_bytes(),
+    )  # fmt: skip
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
+
+
+class Calibration:
+    """The measurements. They write into both pools, so no request may be running."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._config = executor.config
+        self._shape = executor.config.shape
+        self._model = executor.model
+        self._device = executor.device
+        self._layers = executor.model.layers[:MAX_LAYERS]
+        self._rough = CostTable.rough(self._shape)
+
+    def measure(self) -> CostTable:
+        """All costs; those of a tier that is not there are `CostTable.rough`'s, which nothing asks for."""
+        decode_us, us_per_token = self._device_decode()
+        prefill_us, us_per_pair = self._prefill()
+        task_us, host_us_per_token, us_per_row = self._host_attention()
+        return CostTable(
+            linear=self._curve(self._linear_us, self._config.max_num_batched_tokens),
+            head=self._curve(self._head_us, self._config.max_num_seqs),
+            embed=self._curve(self._embed_us, self._config.max_num_batched_tokens),
+            device_decode_us=decode_us,
+            device_us_per_token=us_per_token,
+            prefill_us=prefill_us,
+            prefill_us_per_pair=us_per_pair,
+            host_task_us=task_us,
+            host_us_per_token=host_us_per_token,
+            host_us_per_row=us_per_row,
+            handoff_us=self._handoff_us(1, task_us),
+            handoff_us_per_row=self._handoff_us_per_row(task_us, us_per_row),
+            launch_us=self._launch_us(),
+            graph_launch_us=self._rough.graph_launch_us if self._config.device == "cuda" else 0.0,
+            migration_us_per_token=self._migration_us_per_token(),
+        )
+
+    def _time_us(self, work: Callable[[], None], repeats: int = REPEATS) -> float:
+        """Median time of `work` on the device, once warm."""
+        self._device.submit(work).wait()
+        times = []
+        for _ in range(repeats):
+            completion = self._device.submit(work)
+            completion.wait()
+            times.append(completion.elapsed_us())
+        return statistics.median(times)
+
+    def _curve(self, time_us: Callable[[int], float], most: int) -> Curve:
+        """`time_us` at growing sizes up to `most`, made to never fall."""
+        sizes = [size for size in LINEAR_ROWS if size < most] + [most]
+        points: list[tuple[float, float]] = []
+        for size in sizes:
+            points.append((size, max([time_us(size), *(us for _, us in points[-1:])])))
+        return Curve(tuple(points))
+
+    def _random(self, *size: int) -> torch.Tensor:
+        dtype: torch.dtype = getattr(torch, self._config.dtype)
+        return torch.randn(size, device=self._device.torch_device).to(dtype)
+
+    def _linear_us(self, num_rows: int) -> float:
+        x_TE = self._random(num_rows, self._shape.hidden_size)
+        attn_THD = self._random(num_rows, self._shape.num_query_heads, self._shape.head_dim)
+        positions_T = torch.zeros(num_rows, dtype=torch.int64, device=self._device.torch_device)
+
+        def work() -> None:
+            residual_TE = torch.zeros_like(x_TE)
+            for layer in self._layers:
+                _, residual_TE = layer.before_attention(x_TE.clone(), residual_TE, positions_T)
+                layer.after_attention(attn_THD, residual_TE)
+
+        return self._time_us(work) / len(self._layers)
+
+    def _head_us(self, num_rows: int) -> float:
+        x_TE = self._random(num_rows, self._shape.hidden_size)
+
+        def work() -> None:
+            self._model.head(x_TE.clone(), x_TE.clone()).argmax(-1)
+
+        return self._time_us(work)
+
+    def _embed_us(self, num_rows: int) -> float:
+        ids_T = torch.zeros(num_rows, dtype=torch.int64, device=self._device.torch_device)
+
+        def work() -> None:
+            self._model.embed(ids_T)
+
+        return self._time_us(work)
+
+    def _attention_us(self, num_sequences: int, rows_each: int, length: int, decode: bool) -> float:
+        """One layer's attention of sequences that share blocks of the device pool (or the staging area)."""
+        store = self._executor.store
+        kv_LN2KPD = store.device_LN2KPD if self._config.device_blocks else store.staging_LN2KPD
+        blocks_each = self._config.blocks_for(length)
+        block_ids = np.arange(num_sequences * blocks_each, dtype=np.int32) % kv_LN2KPD.shape[1]
+        batch = PagedBatch(
+            row_start=np.arange(num_sequences + 1, dtype=np.int32) * rows_each,
+            block_start=np.arange(num_sequences + 1, dtype=np.int32) * blocks_each,
+            block_ids=block_ids,
+            lengths=np.full(num_sequences, length, dtype=np.int32),
+        )
+        heads = self._shape.num_query_heads + 2 * self._shape.num_kv_heads
+        qkv_TCD = self._random(batch.num_rows, heads, self._shape.head_dim)
+        q_THD, k_TKD, v_TKD = split_qkv(qkv_TCD, self._shape)
+        out_THD = torch.empty_like(q_THD.contiguous())
+        num_layers = min(len(kv_LN2KPD), MAX_LAYERS)
+        planned = []
+        self._device.submit(lambda: planned.append(self._device.ops.plan_attention(batch, decode=decode))).wait()
+
+        def work() -> None:
+            for layer in range(num_layers):
+                planned[0].append(k_TKD, v_TKD, kv_LN2KPD[layer])
+                planned[0].run(q_THD, kv_LN2KPD[layer], out_THD)
+
+        return self._time_us(work) / num_layers
+
+    def _device_decode(self) -> tuple[float, float]:
+        """Fixed cost, and cost of each KV token."""
+        num_sequences = min(8, self._config.max_num_seqs)
+        room = max(self._config.device_blocks, self._config.staging_blocks) * self._config.block_size
+        short, long = 16, max(32, min(2048, self._config.max_model_len, room // num_sequences))
+        return _line(
+            (num_sequences * short, self._attention_us(num_sequences, 1, short, decode=True)),
+            (num_sequences * long, self._attention_us(num_sequences, 1, long, decode=True)),
+        )
+
+    def _prefill(self) -> tuple[float, float]:
+        """Fixed cost, and cost of each pair of a row and a KV token that it sees."""
+        most = min(self._config.max_num_batched_tokens, self._config.max_model_len)
+        few, many = 8, max(32, most)
+        return _line(
+            (few * (few + 1) / 2, self._attention_us(1, few, few, decode=False)),
+            (many * (many + 1) / 2, self._attention_us(1, many, many, decode=False)),
+        )
+
+    def _host_us(self, num_rows: int, length: int) -> float:
+        """One layer's task of the worker pool."""
+        executor, config = self._executor, self._config
+        assert executor.pool is not None
+        attention = executor.host_attention(executor.pool)
+        blocks_each = config.blocks_for(length)
+        heads = self._shape.num_query_heads + 2 * self._shape.num_kv_heads
+        qkv_TCD = torch.randn(num_rows, heads, self._shape.head_dim).to(getattr(torch, config.dtype))
+        out_THD = torch.zeros(num_rows, self._shape.num_query_heads, self._shape.head_dim, dtype=qkv_TCD.dtype)
+        lap = attention.plan(
+            np.full(num_rows, length, dtype=np.int32),
+            np.arange(num_rows + 1, dtype=np.int32) * blocks_each,
+            np.arange(num_rows * blocks_each, dtype=np.int32) % config.host_blocks,
+            qkv_address=qkv_TCD.data_ptr(),
+            out_address=out_THD.data_ptr(),
+        )
+        times = []
+        for turn in range(REPEATS + 1):
+            layer = turn % self._shape.num_layers
+            start_s = time.perf_counter()
+            attention.attend(lap, layer)
+            times.append((time.perf_counter() - start_s) * 1e6)
+        return statistics.median(times[1:])
+
+    def _host_attention(self) -> tuple[float, float, float]:
+        """Fixed cost of a task, cost of each KV token, cost of each row."""
+        if not self._config.host_blocks:
+            rough = self._rough
+            return rough.host_task_us, rough.host_us_per_token, rough.host_us_per_row
+        room_each = self._config.host_blocks * self._config.block_size // 16
+        length = max(32, min(2048, self._config.max_model_len, room_each))
+        alone_us, rows_us, long_us = self._host_us(1, 1), self._host_us(16, 1), self._host_us(16, length)
+        return (
+            alone_us,
+            max(0.0, long_us - rows_us) / (16 * (length - 1)),
+            max(0.0, rows_us - alone_us) / 15,
+        )
+
+    def _handoff_us(self, num_rows: int, task_us: float) -> float:
+        """From q, k, v on the device to their attention output on it, without the attention itself."""
+        config, shape = self._config, self._shape
+        if not config.host_blocks:
+            return self._rough.handoff_us
+        handoff = self._executor.handoffs[0]
+        rows = tuple(
+            Rows(
+                str(row), row, Tier.HOST, 0, 1, None, np.array([row % config.host_blocks], dtype=np.int32), (), True, 1
+            )
+            for row in range(num_rows)
+        )
+        qkv_TCD = self._random(num_rows, shape.num_query_heads + 2 * shape.num_kv_heads, shape.head_dim)
+        attn_THD = self._random(num_rows, shape.num_query_heads, shape.head_dim)
+        lap = handoff.begin(rows)
+        times = []
+        for _ in range(REPEATS + 1):
+            handoff.arm(lap, 0)
+            completion = self._device.submit(lambda: handoff.send(qkv_TCD, attn_THD).finish())
+            completion.wait()
+            times.append(completion.elapsed_us())
+        return max(0.0, statistics.median(times[1:]) - task_us)
+
+    def _handoff_us_per_row(self, task_us: float, us_per_row: float) -> float:
+        if not self._config.host_blocks or self._config.max_num_seqs == 1:
+            return self._rough.handoff_us_per_row
+        num_rows = min(64, self._config.max_num_seqs)
+        more_us = self._handoff_us(num_rows, task_us + num_rows * us_per_row) - self._handoff_us(1, task_us)
+        return max(0.0, more_us / (num_rows - 1))
+
+    def _launch_us(self) -> float:
+        """Enqueueing one stage. The reference device does the work where it enqueues it, so there it costs nothing."""
+        if self._config.device != "cuda":
+            return 0.0
+        num_layers = self._shape.num_layers
+        stages = tuple(program(num_layers, (Span(0, 0, num_layers + 1, False),)))
+        num_linear = sum(stage.op in (Op.PRE, Op.POST) for stage in stages)
+        x_TE = self._random(1, self._shape.hidden_size)
+        attn_THD = self._random(1, self._shape.num_query_heads, self._shape.head_dim)
+        positions_T = torch.zeros(1, dtype=torch.int64, device=self._device.torch_device)
+
+        def work() -> None:
+            residual_TE = torch.zeros_like(x_TE)
+            for layer in self._model.layers:
+                layer.before_attention(x_TE, residual_TE, positions_T)
+                layer.after_attention(attn_THD, residual_TE)
+
+        self._device.submit(work).wait()
+        start_s = time.perf_counter()
+        completion = self._device.submit(work)
+        elapsed_us = (time.perf_counter() - start_s) * 1e6
+        completion.wait()
+        return elapsed_us / num_linear
+
+    def _migration_us_per_token(self) -> float:
+        config, store = self._config, self._executor.store
+        num_blocks = min(64, config.host_blocks, config.device_blocks)
+        if num_blocks == 0:
+            return self._rough.migration_us_per_token
+        ids = torch.arange(num_blocks, device=self._device.torch_device)
+        copy = self._device.ops.blocks_to_host
+        return self._time_us(lambda: copy(store.device_LN2KPD, ids, store.host_LNX, ids)) / (
+            num_blocks * config.block_size
+        )
+
+
+def _line(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
+    """Intercept and slope of the line through two points, neither below zero."""
+    (x0, y0), (x1, y1) = first, second
+    slope = max(0.0, (y1 - y0) / (x1 - x0))
+    return max(0.0, y0 - slope * x0), slope

@@ -1,0 +1,150 @@
+"""Carries out iteration plans: `launch` enqueues all of one and returns at once, `collect` waits for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from neoserve import _native
+from neoserve.core.config import ResolvedConfig
+from neoserve.core.errors import HostAttentionError
+from neoserve.core.plan import IterationPlan, IterationResult
+from neoserve.core.program import program
+from neoserve.core.request import Request
+from neoserve.device.base import Completion, Device
+from neoserve.execution.handoff import HandOff
+from neoserve.execution.issue import arm, issue
+from neoserve.execution.kv_store import KVStore
+from neoserve.execution.lap import Lap, Sequence, Workshop
+from neoserve.execution.sampling import SamplingState
+from neoserve.models.decoder import Decoder
+
+NUM_SUB_BATCHES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """An iteration on its way. `laps` are those that the plan's spans advance, by sub-batch index."""
+
+    plan: IterationPlan
+    laps: dict[int, Lap]
+    completion: Completion
+
+
+class Executor:
+    """The model, both pools, the worker pool and the laps in flight."""
+
+    def __init__(self, config: ResolvedConfig, model: Decoder, device: Device) -> None:
+        self.config = config
+        self.device = device
+        self.model = model
+        self.store = KVStore(config, device)
+        self.pool: _native.WorkerPool | None = None
+        handoffs: tuple[HandOff, ...] = ()
+        if config.host_blocks:
+            self.pool = _native.WorkerPool(config.worker_cpus, deadline_s=config.host_deadline_s)
+            attention = self.host_attention(self.pool)
+            handoffs = tuple(HandOff(device, attention, config, channel) for channel in range(NUM_SUB_BATCHES))
+        self._shop = Workshop(
+            device=device,
+            model=model,
+            store=self.store,
+            sampling=SamplingState(config.max_num_seqs, config.shape.vocab_size, device.torch_device, config.seed),
+            last_ids_S=torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device.torch_device),
+            handoffs=handoffs,
+            block_size=config.block_size,
+        )
+        self._sequences: dict[str, Sequence] = {}
+        self._laps: dict[int, Lap] = {}
+
+    @property
+    def handoffs(self) -> tuple[HandOff, ...]:
+        """The sub-batches' hand-offs; none without a host tier."""
+        return self._shop.handoffs
+
+    def host_attention(self, pool: _native.WorkerPool) -> _native.HostAttention:
+        """The host tier's attention over the host pool."""
+        config = self.config
+        return _native.HostAttention(
+            pool,
+            num_layers=config.shape.num_layers,
+            num_blocks=config.host_blocks,
+            num_query_heads=config.shape.num_query_heads,
+            num_kv_heads=config.shape.num_kv_heads,
+            head_dim=config.shape.head_dim,
+            block_size=config.block_size,
+            dtype=config.dtype,
+            kv_address=self.store.host_address,
+            scale=config.shape.head_dim**-0.5,
+        )
+
+    def add(self, request: Request) -> None:
+        """Make a request known; its first rows may come in any later plan."""
+        self._sequences[request.request_id] = Sequence(request, [])
+
+    def remove(self, request_id: str) -> None:
+        """Forget a request; laps in flight keep what they need of it."""
+        self._sequences.pop(request_id, None)
+
+    def launch(self, plan: IterationPlan) -> Launched:
+        """Arm the workers and enqueue the iteration, without waiting for anything."""
+        for sub_batch in plan.begins:
+            self._laps[sub_batch.index] = Lap(self._shop, sub_batch, self._sequences)
+        laps = {span.sub_batch: self._laps[span.sub_batch] for span in plan.spans}
+        for sub_batch in plan.ends:
+            del self._laps[sub_batch.index]
+        stages = tuple(program(self.config.shape.num_layers, plan.spans))
+        arm(stages, laps)
+
+        def work() -> None:
+            for migration in plan.migrations:
+                self.store.migrate(migration)
+            issue(stages, laps)
+
+        return Launched(plan, laps, self.device.submit(work))
+
+    def collect(self, launched: Launched) -> IterationResult:
+        """Wait for an iteration and bring back what its ended laps sampled.
+
+        A failure of the host tier comes back as `IterationResult.error`; `recover` must follow once everything that
+        was launched is collected.
+        """
+        error: str | None = None
+        try:
+            launched.completion.wait()
+        except HostAttentionError as failure:
+            error = str(failure)
+        if self.pool is not None:
+            error = self.pool.error() or error
+        elapsed_us = launched.completion.elapsed_us()
+        if error is not None:
+            return IterationResult(tokens=(), elapsed_us=elapsed_us, error=error)
+        ended = [launched.laps[sub_batch.index] for sub_batch in launched.plan.ends]
+        tokens = tuple(token for lap in ended for token in lap.tokens())
+        for token in tokens:
+            if token.token_id is not None and token.request_id in self._sequences:
+                self._sequences[token.request_id].token_ids.append(token.token_id)
+        return IterationResult(
+            tokens=tokens,
+            elapsed_us=elapsed_us,
+            host_busy_us=sum(lap.native.busy_us for lap in ended if lap.native is not None),
+            host_bytes=sum(lap.native.kv_bytes for lap in ended if lap.native is not None)
+            * self.config.shape.num_layers,
+        )
+
+    def recover(self) -> None:
+        """After a failed iteration, with nothing launched: drop the laps in flight and make the workers whole."""
+        self._laps.clear()
+        if self.pool is None:
+            return
+        for handoff in self._shop.handoffs:
+            if not handoff.recover(self.config.host_deadline_s):
+                raise HostAttentionError("the worker pool did not finish its armed layers; the engine cannot go on")
+        self.pool.clear_error()
+
+    def close(self) -> None:
+        """End the workers and the device's streams."""
+        if self.pool is not None:
+            self.pool.close()
+        self.device.close()

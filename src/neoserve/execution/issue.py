@@ -1,0 +1,36 @@
+"""Enqueue a program: the one place where stages become work on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from neoserve.core.program import Op, Stage
+from neoserve.execution.lap import Lap
+
+
+def arm(stages: Iterable[Stage], laps: Mapping[int, Lap]) -> None:
+    """Queue every SEND of the program for the workers, in its order; before `issue`, by the caller."""
+    for stage in stages:
+        if stage.op is Op.SEND:
+            laps[stage.sub_batch].arm(stage.layer)
+
+
+def issue(stages: Iterable[Stage], laps: Mapping[int, Lap]) -> None:
+    """Enqueue the stages in order. `laps` maps a sub-batch's index to its lap in flight. Runs on the stream."""
+    for stage in stages:
+        lap = laps[stage.sub_batch]
+        match stage.op:
+            case Op.EMBED:
+                lap.embed()
+            case Op.PRE:
+                lap.pre(stage.layer)
+            case Op.SEND:
+                lap.send()
+            case Op.ATTEND:
+                lap.attend(stage.layer)
+            case Op.RECV:
+                lap.recv()
+            case Op.POST:
+                lap.post(stage.layer)
+            case Op.HEAD:
+                lap.head()

@@ -1,0 +1,94 @@
+"""The operations of a decoder layer, as every device offers them.
+
+Two implementations: `kernels/flashinfer_ops.py` (an NVIDIA GPU) and `kernels/reference.py` (readable torch on the CPU).
+
+Shape letters: T rows, B sequences, H query heads, K kv heads, D head dim, E model dim, F ffn dim, N blocks,
+P tokens per block. The device's KV of one layer is `kv_N2KPD`: K at index 0, V at index 1.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class PagedBatch:
+    """Sequences whose new rows attend to their paged KV. All arrays int32, on the host.
+
+    row_start: [B + 1] cumulative number of rows of each sequence (first is 0).
+    block_start: [B + 1] cumulative number of blocks. block_ids: [block_start[-1]] block tables, one after another.
+    lengths: [B] tokens in the KV once this lap's rows are appended; the rows are the last ones, causal.
+    """
+
+    row_start: np.ndarray
+    block_start: np.ndarray
+    block_ids: np.ndarray
+    lengths: np.ndarray
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.row_start[-1])
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+
+class PagedAttention(Protocol):
+    """One `PagedBatch` planned for a device: built once a lap, run once a layer."""
+
+    def append(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_N2KPD: torch.Tensor) -> None:
+        """Write the rows' k and v at their places in the paged KV."""
+
+    def run(self, q_THD: torch.Tensor, kv_N2KPD: torch.Tensor, out_THD: torch.Tensor) -> None:
+        """Causal attention of the rows over their sequences' KV, softmax scale D**-0.5, into `out_THD`."""
+
+
+class Ops(ABC):
+    """The operations of a decoder layer on one device. Tensors are on the device, in the model's dtype."""
+
+    @abstractmethod
+    def rms_norm(self, x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last dimension (any leading shape), mean in fp32."""
+
+    @abstractmethod
+    def add_rms_norm(
+        self, x_TE: torch.Tensor, residual_TE: torch.Tensor, weight_E: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """residual += x in place; returns rms_norm(residual). `x_TE` may be overwritten by the result."""
+
+    @abstractmethod
+    def rope(self, q_THD: torch.Tensor, k_TKD: torch.Tensor, positions_T: torch.Tensor, cache_PD: torch.Tensor) -> None:
+        """Rotate q and k in place (NeoX halves). cache_PD: fp32, a row per position: D/2 cosines, then D/2 sines.
+
+        q and k may be strided views into a fused qkv row. positions_T is int32 or int64.
+        """
+
+    @abstractmethod
+    def silu_and_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+        """silu(first half of the last dimension) * second half."""
+
+    @abstractmethod
+    def plan_attention(self, batch: PagedBatch, *, decode: bool) -> PagedAttention:
+        """Plan attention for a lap. `decode` promises one row a sequence."""
+
+    @abstractmethod
+    def blocks_to_host(
+        self, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor
+    ) -> None:
+        """Copy blocks of some layers into the host pool, changing to its layout (csrc/attention/attention.h).
+
+        block_ids_N, host_block_ids_N: int64, on the device, of one length; they index dimension 1 of the two pools.
+        host_LNX: the same layers of the host pool, X = 2KPD values a block.
+        """
+
+    @abstractmethod
+    def blocks_from_host(
+        self, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor
+    ) -> None:
+        """The way back of `blocks_to_host`."""

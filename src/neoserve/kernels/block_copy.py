@@ -1,0 +1,101 @@
+"""Copies of KV blocks between the device's layout and the host pool's, which the GPU reads and writes in place.
+
+A block on the device is [2][K][P][D]; in the host pool it is [K][2][P * D], where V has token pairs interleaved,
+[P / 2][D][2] (csrc/attention/attention.h). Both have 2-byte values. The host pool is registered memory, so one kernel
+does the gather, the change of layout and the transfer.
+
+Few programs move the data: 16 saturate the bus to the host of an H200, and leave the other multiprocessors to the
+model.
+Letters: L layers, N blocks, K kv heads, P tokens per block, D head dim, X = 2KPD.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_NUM_PROGRAMS = 16
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _copy_blocks(  # type: ignore[no-untyped-def]
+    kv_ptr,
+    host_ptr,
+    block_ids_ptr,
+    host_block_ids_ptr,
+    num_tasks,
+    num_blocks,
+    kv_layer_stride,
+    kv_block_stride,
+    host_layer_stride,
+    host_block_stride,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    TO_HOST: tl.constexpr,
+):
+    """One task is one kv head of one block of one layer: its K tile and its V tile."""
+    tile: tl.constexpr = P * D
+    flat = tl.arange(0, tile)
+    pair = tl.arange(0, P // 2)[:, None]
+    lane = tl.arange(0, D)[None, :]
+    for task in range(tl.program_id(0), num_tasks, tl.num_programs(0)):
+        head = task % K
+        index = (task // K) % num_blocks
+        layer = (task // (K * num_blocks)).to(tl.int64)
+        block = tl.load(block_ids_ptr + index)
+        host_block = tl.load(host_block_ids_ptr + index)
+        k_tile = kv_ptr + layer * kv_layer_stride + block * kv_block_stride + head * tile
+        v_tile = k_tile + K * tile
+        host_k_tile = host_ptr + layer * host_layer_stride + host_block * host_block_stride + head * 2 * tile
+        host_v_words = (host_k_tile + tile).to(tl.pointer_type(tl.int32)) + pair * D + lane
+        even_tokens = v_tile + 2 * pair * D + lane
+        if TO_HOST:
+            k = tl.load(k_tile + flat)
+            even = tl.load(even_tokens).to(tl.int32) & 0xFFFF
+            odd = tl.load(even_tokens + D).to(tl.int32)
+            tl.store(host_k_tile + flat, k)
+            tl.store(host_v_words, (odd << 16) | even)
+        else:
+            k = tl.load(host_k_tile + flat)
+            words = tl.load(host_v_words)
+            tl.store(k_tile + flat, k)
+            tl.store(even_tokens, words.to(tl.int16))
+            tl.store(even_tokens + D, (words >> 16).to(tl.int16))
+
+
+def copy_blocks(
+    kv_LN2KPD: torch.Tensor,
+    block_ids_N: torch.Tensor,
+    host_LNX: torch.Tensor,
+    host_block_ids_N: torch.Tensor,
+    *,
+    to_host: bool,
+) -> None:
+    """Enqueue the copy of blocks of all layers given, one way or the other, on the current stream.
+
+    block_ids_N, host_block_ids_N: int64 on the device. host_LNX: a CPU tensor over memory registered with the device.
+    """
+    num_layers, _, _, num_heads, block_size, head_dim = kv_LN2KPD.shape
+    num_blocks = block_ids_N.numel()
+    num_tasks = num_layers * num_blocks * num_heads
+    if num_tasks == 0:
+        return
+    _copy_blocks[(min(_NUM_PROGRAMS, num_tasks),)](
+        kv_LN2KPD.view(torch.int16),
+        host_LNX.view(torch.int16),
+        block_ids_N,
+        host_block_ids_N,
+        num_tasks,
+        num_blocks,
+        kv_LN2KPD.stride(0),
+        kv_LN2KPD.stride(1),
+        host_LNX.stride(0),
+        host_LNX.stride(1),
+        K=num_heads,
+        P=block_size,
+        D=head_dim,
+        TO_HOST=to_host,
+        num_warps=4,
+    )

@@ -1,0 +1,84 @@
+"""The operations of a decoder layer on an NVIDIA GPU, by FlashInfer.
+
+FlashInfer compiles each kernel at its first use (tens of seconds, then cached on disk).
+
+Shape letters: T rows, B sequences, H query heads, K kv heads, D head dim, E model dim, F ffn dim, N blocks,
+P tokens per block, L layers, X = 2KPD values of a host block.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+from neoserve.core.config import ModelShape
+from neoserve.core.errors import ConfigError, UnsupportedModelError
+from neoserve.kernels.base import Ops, PagedAttention, PagedBatch
+from neoserve.kernels.block_copy import copy_blocks
+from neoserve.kernels.flashinfer_setup import flashinfer
+from neoserve.kernels.paged_attention import DecodeBuckets, PagedGeometry, PlannedAttention, Planner
+
+HEAD_DIMS = (64, 128, 256)
+
+
+class FlashInferOps(Ops):
+    """FlashInfer's kernels for one model shape on one GPU.
+
+    Raises `UnsupportedModelError` for a head dim that the kernels lack, `ConfigError` for float32.
+    """
+
+    def __init__(self, shape: ModelShape, dtype: torch.dtype, block_size: int, device: torch.device) -> None:
+        if shape.head_dim not in HEAD_DIMS:
+            raise UnsupportedModelError(
+                f"head dim {shape.head_dim} has no GPU attention kernel; expected one of {HEAD_DIMS}"
+            )
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise ConfigError(f"dtype {dtype} cannot run on a GPU here; expected bfloat16 or float16")
+        self._geometry = PagedGeometry(shape.num_query_heads, shape.num_kv_heads, shape.head_dim, block_size, dtype)
+        self._device = device
+        self._workspace = self._geometry.workspace(device)
+        self._idle: dict[bool, list[Planner]] = {False: [], True: []}
+
+    def rms_norm(self, x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
+        normed: torch.Tensor = flashinfer.rmsnorm(x_TE, weight_E, eps)
+        return normed
+
+    def add_rms_norm(
+        self, x_TE: torch.Tensor, residual_TE: torch.Tensor, weight_E: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        flashinfer.fused_add_rmsnorm(x_TE, residual_TE, weight_E, eps)
+        return x_TE
+
+    def rope(self, q_THD: torch.Tensor, k_TKD: torch.Tensor, positions_T: torch.Tensor, cache_PD: torch.Tensor) -> None:
+        flashinfer.apply_rope_with_cos_sin_cache_inplace(positions_T, q_THD, k_TKD, q_THD.shape[-1], cache_PD)
+
+    def silu_and_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+        activated: torch.Tensor = flashinfer.silu_and_mul(gate_up_T2F)
+        return activated
+
+    def plan_attention(self, batch: PagedBatch, *, decode: bool) -> PagedAttention:
+        """As `Ops.plan_attention`. A plan's buffers serve another lap once the returned object is dropped."""
+        idle = self._idle[decode]
+        planner = idle.pop() if idle else Planner(self._geometry, self._workspace, decode=decode)
+        attention = PlannedAttention(planner, planner.plan(batch))
+        weakref.finalize(attention, idle.append, planner)
+        return attention
+
+    def decode_buckets(self, sizes: tuple[int, ...], max_blocks: int, padding_block: int) -> DecodeBuckets:
+        """Plans with fixed addresses for decode laps in CUDA graphs.
+
+        sizes: numbers of sequences, one graph each. max_blocks: of all sequences of a batch together.
+        padding_block: a block of the pool that belongs to no sequence; rows that fill a bucket up write to it.
+        """
+        return DecodeBuckets(self._geometry, self._workspace, sizes, max_blocks, padding_block)
+
+    def blocks_to_host(
+        self, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor
+    ) -> None:
+        copy_blocks(kv_LN2KPD, block_ids_N, host_LNX, host_block_ids_N, to_host=True)
+
+    def blocks_from_host(
+        self, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor
+    ) -> None:
+        copy_blocks(kv_LN2KPD, block_ids_N, host_LNX, host_block_ids_N, to_host=False)

@@ -1,0 +1,110 @@
+"""The operations of a decoder layer in readable torch: what `ReferenceDevice` runs, and what faster ones must equal.
+
+Rounding follows transformers: norms and rope compute in float32, norms round to the model's dtype before the weight.
+
+Shape letters: T rows, t rows of one sequence, S its tokens in the KV, n its blocks, H query heads, K kv heads,
+D head dim, E model dim, F ffn dim, L layers, N blocks, P tokens per block, X values of a block (or of its part).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from neoserve.kernels.base import Ops, PagedAttention, PagedBatch
+
+
+class ReferenceOps(Ops):
+    """Operations on CPU tensors in float32, bfloat16 or float16."""
+
+    def rms_norm(self, x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
+        x32_TE = x_TE.float()
+        scale_T1 = torch.rsqrt(x32_TE.square().mean(-1, keepdim=True) + eps)
+        return (x32_TE * scale_T1).to(x_TE.dtype) * weight_E
+
+    def add_rms_norm(
+        self, x_TE: torch.Tensor, residual_TE: torch.Tensor, weight_E: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        residual_TE.add_(x_TE)
+        return self.rms_norm(residual_TE, weight_E, eps)
+
+    def rope(self, q_THD: torch.Tensor, k_TKD: torch.Tensor, positions_T: torch.Tensor, cache_PD: torch.Tensor) -> None:
+        cos_T1d, sin_T1d = cache_PD.index_select(0, positions_T).unsqueeze(1).chunk(2, dim=-1)
+        for x in (q_THD, k_TKD):
+            first, second = x.float().chunk(2, dim=-1)
+            x.copy_(torch.cat((first * cos_T1d - second * sin_T1d, second * cos_T1d + first * sin_T1d), dim=-1))
+
+    def silu_and_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+        gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
+        return functional.silu(gate_TF) * up_TF
+
+    def plan_attention(self, batch: PagedBatch, *, decode: bool) -> PagedAttention:
+        return ReferenceAttention(batch)
+
+    def blocks_to_host(
+        self, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor
+    ) -> None:
+        k_LNKPD, v_LNKPD = kv_LN2KPD.index_select(1, block_ids_N).unbind(2)
+        if _pairs_tokens(v_LNKPD):
+            v_LNKPD = torch.unflatten(v_LNKPD, 3, (-1, 2)).transpose(4, 5)
+        blocks_LNK2X = torch.stack((k_LNKPD.flatten(3), v_LNKPD.flatten(3)), dim=3)
+        host_LNX.index_copy_(1, host_block_ids_N, blocks_LNK2X.flatten(2))
+
+    def blocks_from_host(
+        self, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor
+    ) -> None:
+        num_kv_heads, block_size, head_dim = kv_LN2KPD.shape[3:]
+        blocks_LNK2X = torch.unflatten(host_LNX.index_select(1, host_block_ids_N), 2, (num_kv_heads, 2, -1))
+        k_LNKX, v_LNKX = blocks_LNK2X.unbind(3)
+        if _pairs_tokens(v_LNKX):
+            v_LNKX = torch.unflatten(v_LNKX, 3, (block_size // 2, head_dim, 2)).transpose(4, 5).flatten(3)
+        blocks_LN2KX = torch.stack((k_LNKX, v_LNKX), dim=2)
+        kv_LN2KPD.index_copy_(1, block_ids_N, torch.unflatten(blocks_LN2KX, 4, (block_size, head_dim)))
+
+
+def _pairs_tokens(v: torch.Tensor) -> bool:
+    """Whether the host pool interleaves the tokens of V in pairs: it does for types of 2 bytes."""
+    return v.dtype.itemsize == 2
+
+
+class ReferenceAttention:
+    """Attention of one lap's rows, one sequence after another, so that no sequence's result depends on the others."""
+
+    def __init__(self, batch: PagedBatch) -> None:
+        counts = np.diff(batch.row_start)
+        # Row r of a sequence is its token `length - count + r`.
+        first_position = np.repeat(batch.lengths - counts - batch.row_start[:-1], counts)
+        position_T = first_position + np.arange(batch.num_rows)
+        self._position_T = torch.from_numpy(position_T.astype(np.int64))
+        self._block_start_T = torch.from_numpy(np.repeat(batch.block_start[:-1], counts).astype(np.int64))
+        self._block_ids = torch.from_numpy(batch.block_ids.astype(np.int64))
+        self._batch = batch
+
+    def append(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_N2KPD: torch.Tensor) -> None:
+        block_size = kv_N2KPD.shape[3]
+        block_T = self._block_ids[self._block_start_T + self._position_T // block_size]
+        offset_T = self._position_T % block_size
+        kv_N2KPD[block_T, 0, :, offset_T] = k_TKD
+        kv_N2KPD[block_T, 1, :, offset_T] = v_TKD
+
+    def run(self, q_THD: torch.Tensor, kv_N2KPD: torch.Tensor, out_THD: torch.Tensor) -> None:
+        batch = self._batch
+        for index, length in enumerate(batch.lengths.tolist()):
+            rows = slice(int(batch.row_start[index]), int(batch.row_start[index + 1]))
+            blocks = slice(int(batch.block_start[index]), int(batch.block_start[index + 1]))
+            out_THD[rows] = attend(q_THD[rows], kv_N2KPD, self._block_ids[blocks], length)
+
+
+def attend(q_tHD: torch.Tensor, kv_N2KPD: torch.Tensor, block_ids_n: torch.Tensor, length: int) -> torch.Tensor:
+    """Attention of a sequence's last t rows over its `length` tokens, causal, in float32: out_tHD, float32."""
+    num_rows, block_size = q_tHD.shape[0], kv_N2KPD.shape[3]
+    num_blocks = -(-length // block_size)
+    kv_2KnPD = kv_N2KPD.index_select(0, block_ids_n[:num_blocks]).permute(1, 2, 0, 3, 4)
+    k_KSD, v_KSD = kv_2KnPD.flatten(2, 3)[:, :, :length].float()
+    position_t1 = torch.arange(length - num_rows, length).unsqueeze(1)
+    mask_tS = None if num_rows == 1 else torch.arange(length) <= position_t1
+    out_1HtD = functional.scaled_dot_product_attention(
+        q_tHD.float().transpose(0, 1).unsqueeze(0), k_KSD.unsqueeze(0), v_KSD.unsqueeze(0), mask_tS, enable_gqa=True
+    )
+    return out_1HtD.squeeze(0).transpose(0, 1)

@@ -1,0 +1,116 @@
+"""Requests that wait, and their way into the pools: first come, first served, over both tiers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from itertools import islice
+
+from neoserve.core.config import ResolvedConfig
+from neoserve.core.errors import InvalidRequestError, QueueFullError
+from neoserve.core.plan import Tier
+from neoserve.core.request import Request
+from neoserve.scheduling.cost import CostModel, Load
+from neoserve.scheduling.placement import Placement
+from neoserve.scheduling.sequence import Sequence
+from neoserve.scheduling.split import Splitter
+
+_FORESIGHT = 64  # waiting requests that count when judging whether host rows will pay
+_JUDGEMENT_AGE = 8  # iterations for which that judgement holds
+
+
+class Admission:
+    """The queue and the slots.
+
+    No more sequences run than an iteration has rows, so decodes never crowd each other or the oldest prompt out.
+    """
+
+    def __init__(self, config: ResolvedConfig, placement: Placement, cost: CostModel, splitter: Splitter) -> None:
+        self.waiting: OrderedDict[str, Request] = OrderedDict()
+        self.num_slots = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self.free_slots = list(range(self.num_slots - 1, -1, -1))
+        self._max_rows = config.max_num_batched_tokens
+        self._max_waiting = config.max_waiting
+        self._only_host = config.offload == "all"
+        self._placement = placement
+        self._cost = cost
+        self._splitter = splitter
+        self._host_would_pay = False
+        self._judged_at = -_JUDGEMENT_AGE
+
+    def add(self, request: Request) -> None:
+        """Queue a request; raises `RequestTooLongError` or `QueueFullError`."""
+        self._placement.check_fits(request)
+        if request.request_id in self.waiting:
+            raise InvalidRequestError(f"request id {request.request_id!r} is in use; expected a new one", "request_id")
+        if len(self.waiting) >= self._max_waiting:
+            raise QueueFullError(f"{len(self.waiting)} requests are waiting, the most allowed; try again later")
+        self.waiting[request.request_id] = request
+
+    def admit(self, running: dict[str, Sequence], iteration: int, *, host_only: bool) -> Sequence | None:
+        """Admit the head of the queue and add it to `running`; `None` when it has to wait.
+
+        host_only: an older request of this iteration went to the host.
+        """
+
+        def host_pays() -> bool:
+            return self._only_host or self._host_pays(running.values(), iteration)
+
+        if not (self.waiting and self.free_slots):
+            return None
+        request = next(iter(self.waiting.values()))
+        residence = self._placement.admit(request, host_only=host_only, host_pays=host_pays)
+        if residence is None:
+            return None
+        del self.waiting[request.request_id]
+        sequence = Sequence(request, self.free_slots.pop(), residence, self._placement.max_new_tokens(request))
+        running[request.request_id] = sequence
+        return sequence
+
+    def reference(self, running: Iterable[Sequence]) -> Load:
+        """Decode load of as many of the sequences that run and wait as the device pool could hold; of those that run,
+        if there is no device pool."""
+        device, host = _resident_load(running)
+        count, tokens = device.rows + host.rows, device.device_tokens + host.host_tokens
+        if not count or self._only_host:
+            return Load.device_decode(count, tokens)
+        mean_tokens = tokens / count
+        held = int(self._placement.device_tokens / mean_tokens)
+        rows = max(1, min(held, count + len(self.waiting)))
+        return Load.device_decode(rows, int(rows * mean_tokens))
+
+    def _host_pays(self, running: Iterable[Sequence], iteration: int) -> bool:
+        """Whether the head of the queue should go to the host: as many host rows as there could soon be would pay,
+        and those that there are leave the worker pool time for one more."""
+        device, host = _resident_load(running)
+        head = len(next(iter(self.waiting.values())).prompt_token_ids)
+        limit_us = self._splitter.host_lap_limit_us(device)
+        if iteration - self._judged_at >= _JUDGEMENT_AGE:
+            self._judged_at = iteration
+            future = self._future_host_load(host, limit_us)
+            reference = self.reference(running)
+            prompt_rows = min(head, self._max_rows)
+            self._host_would_pay = future.rows > 0 and self._splitter.pays(reference, device, future, prompt_rows)
+        return self._host_would_pay and self._cost.host_lap_us(host + Load.host_decode(1, head)) <= limit_us
+
+    def _future_host_load(self, host: Load, limit_us: float) -> Load:
+        """The host rows if as many waiting requests as there is time for went to the host."""
+        for request in islice(self.waiting.values(), _FORESIGHT):
+            more = host + Load.host_decode(1, len(request.prompt_token_ids))
+            if self._cost.host_lap_us(more) > limit_us:
+                break
+            host = more
+        return host
+
+
+def _resident_load(running: Iterable[Sequence]) -> tuple[Load, Load]:
+    """Decode loads of the two tiers once every admitted prompt is computed."""
+    rows = {Tier.DEVICE: 0, Tier.HOST: 0}
+    tokens = {Tier.DEVICE: 0, Tier.HOST: 0}
+    for sequence in running:
+        if not sequence.finished:
+            tier = sequence.residence.tier
+            rows[tier] += 1
+            tokens[tier] += max(sequence.computed, sequence.given)
+    device = Load.device_decode(rows[Tier.DEVICE], tokens[Tier.DEVICE])
+    return device, Load.host_decode(rows[Tier.HOST], tokens[Tier.HOST])

@@ -1,0 +1,332 @@
+"""What an iteration will take: measured costs of its parts (`CostTable`), and the program walked with them."""
+
+from __future__ import annotations
+
+import enum
+import json
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from statistics import median
+from typing import Any
+
+from neoserve.core.config import ModelShape
+from neoserve.core.plan import SubBatch, Tier
+from neoserve.core.program import Op, Span
+from neoserve.scheduling.timeline import FREE, OPS, StageCosts, walk_us
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A piecewise-linear function through (x, y) points with growing x: flat before the first, straight on after the
+    last."""
+
+    points: tuple[tuple[float, float], ...]
+
+    def at(self, x: float) -> float:
+        """The value at x."""
+        points = self.points
+        if x <= points[0][0] or len(points) == 1:
+            return points[0][1]
+        right = min(bisect_right(points, (x, float("inf"))), len(points) - 1)
+        (x0, y0), (x1, y1) = points[right - 1], points[right]
+        return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+@dataclass(frozen=True, slots=True)
+class CostTable:
+    """Measured costs, in microseconds; all but head, embed and the launch costs are for one layer.
+
+    linear: PRE and POST together, by rows. head: final norm, logits, sampling, by sequences that sample.
+    embed: by rows. device_decode_us, device_us_per_token: a decode attention, and each KV token that it reads.
+    prefill_us, prefill_us_per_pair: a prefill attention, and each pair of a row and a KV token that it sees.
+    host_task_us, host_us_per_token, host_us_per_row: a task of the worker pool, each KV token, each host row.
+    handoff_us, handoff_us_per_row: from q, k, v on the device to the pool and back, without the attention.
+    launch_us: CPU time to enqueue a stage; graph_launch_us: to enqueue a lap that replays a graph.
+    migration_us_per_token: moving one token's KV between the tiers, all layers.
+    """
+
+    linear: Curve
+    head: Curve
+    embed: Curve
+    device_decode_us: float
+    device_us_per_token: float
+    prefill_us: float
+    prefill_us_per_pair: float
+    host_task_us: float
+    host_us_per_token: float
+    host_us_per_row: float
+    handoff_us: float
+    handoff_us_per_row: float
+    launch_us: float
+    graph_launch_us: float
+    migration_us_per_token: float
+
+    @classmethod
+    def rough(
+        cls,
+        shape: ModelShape,
+        *,
+        value_bytes: int = 2,
+        device_gb_s: float = 3500.0,
+        device_tflop_s: float = 550.0,
+        host_gb_s: float = 100.0,
+        link_gb_s: float = 45.0,
+        launch_us: float = 12.0,
+    ) -> CostTable:
+        """Costs from peak rates, for use before anything is measured: by default an H200 with a 16-core Xeon.
+
+        value_bytes: of a weight or a KV value. device_gb_s, host_gb_s: read bandwidth. link_gb_s: between the two.
+        """
+        parameters = _pre_parameters(shape) + _post_parameters(shape)
+        token_bytes = 2 * shape.num_kv_heads * shape.head_dim * value_bytes
+        qkv_bytes = (2 * shape.num_query_heads + 2 * shape.num_kv_heads) * shape.head_dim * value_bytes
+        pair_flop = 4 * shape.num_query_heads * shape.head_dim
+        return cls(
+            linear=_matrix_curve(parameters, value_bytes, device_gb_s, device_tflop_s),
+            head=_matrix_curve(shape.vocab_size * shape.hidden_size, value_bytes, device_gb_s, device_tflop_s),
+            embed=Curve(((1, 5.0), (1025, 5.0 + 2 * 1024 * shape.hidden_size * value_bytes / (device_gb_s * 1e3)))),
+            device_decode_us=5.0,
+            device_us_per_token=token_bytes / (device_gb_s * 0.8 * 1e3),
+            prefill_us=5.0,
+            prefill_us_per_pair=pair_flop / (device_tflop_s * 0.6 * 1e6),
+            host_task_us=5.0,
+            host_us_per_token=token_bytes / (host_gb_s * 1e3),
+            host_us_per_row=0.5,
+            handoff_us=28.0,
+            handoff_us_per_row=qkv_bytes / (link_gb_s * 1e3),
+            launch_us=launch_us,
+            graph_launch_us=200.0,
+            migration_us_per_token=shape.num_layers * token_bytes / (link_gb_s * 1e3),
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> CostTable:
+        """The table that `to_json` wrote; raises `ValueError` when fields are missing or unknown."""
+        values: dict[str, Any] = json.loads(text)
+        expected = {field.name for field in fields(cls)}
+        if values.keys() != expected:
+            raise ValueError(f"cost table has fields {sorted(values)}; expected {sorted(expected)}")
+        for name in ("linear", "head", "embed"):
+            values[name] = Curve(tuple((x, y) for x, y in values[name]["points"]))
+        return cls(**values)
+
+
+def _pre_parameters(shape: ModelShape) -> int:
+    return shape.hidden_size * (shape.num_query_heads + 2 * shape.num_kv_heads) * shape.head_dim
+
+
+def _post_parameters(shape: ModelShape) -> int:
+    return shape.hidden_size * (shape.num_query_heads * shape.head_dim + 3 * shape.ffn_size)
+
+
+def _matrix_curve(parameters: int, value_bytes: int, gb_s: float, tflop_s: float) -> Curve:
+    """Time of a matrix product by rows: reading the matrix, plus most of the arithmetic, which hides it but partly."""
+    read_us = parameters * value_bytes / (gb_s * 1e3)
+    row_us = 2 * parameters / (tflop_s * 1e6)
+    rows = (1, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    return Curve(tuple((n, (read_us**4 + (n * row_us) ** 4) ** 0.25) for n in rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a sub-batch brings to each layer; the sum of two loads is the load of their rows together.
+
+    samples: rows that yield a token. prefill_pairs: pairs of a prefill row and a KV token that it attends to.
+    staged_tokens: KV tokens of earlier chunks that HOST prompts bring back to the staging area.
+    """
+
+    rows: int = 0
+    samples: int = 0
+    prefill_rows: int = 0
+    prefill_pairs: float = 0.0
+    staged_tokens: int = 0
+    device_tokens: int = 0
+    host_rows: int = 0
+    host_tokens: int = 0
+
+    def __add__(self, other: Load) -> Load:
+        return Load(
+            self.rows + other.rows,
+            self.samples + other.samples,
+            self.prefill_rows + other.prefill_rows,
+            self.prefill_pairs + other.prefill_pairs,
+            self.staged_tokens + other.staged_tokens,
+            self.device_tokens + other.device_tokens,
+            self.host_rows + other.host_rows,
+            self.host_tokens + other.host_tokens,
+        )
+
+    @classmethod
+    def prefill(cls, tier: Tier, start: int, count: int, samples: bool) -> Load:
+        """One chunk of a prompt: `count` rows after `start` tokens."""
+        pairs = count * (start + (count + 1) / 2)
+        return cls(count, int(samples), count, pairs, start if tier is Tier.HOST else 0)
+
+    @classmethod
+    def device_decode(cls, num_rows: int, num_tokens: int) -> Load:
+        """Decode rows of DEVICE sequences that hold `num_tokens` tokens together."""
+        return cls(rows=num_rows, samples=num_rows, device_tokens=num_tokens)
+
+    @classmethod
+    def host_decode(cls, num_rows: int, num_tokens: int) -> Load:
+        """Decode rows of HOST sequences that hold `num_tokens` tokens together."""
+        return cls(rows=num_rows, samples=num_rows, host_rows=num_rows, host_tokens=num_tokens)
+
+    @classmethod
+    def of(cls, sub_batch: SubBatch) -> Load:
+        """The load of a whole sub-batch."""
+        device, host = sub_batch.device_decode, sub_batch.host_decode
+        load = cls.device_decode(len(device), sum(rows.length for rows in device))
+        load += cls.host_decode(len(host), sum(rows.length for rows in host))
+        for rows in sub_batch.prefill:
+            load += cls.prefill(rows.tier, rows.start, rows.count, rows.samples)
+        return load
+
+
+class Kind(enum.Enum):
+    """Kinds of iteration whose predictions are corrected apart from each other."""
+
+    DEVICE_DECODE = "device decode"
+    DEVICE_PREFILL = "device prefill"
+    PIPELINED_DECODE = "pipelined decode"
+    PIPELINED_PREFILL = "pipelined prefill"
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What an iteration is predicted to take. Times in microseconds.
+
+    total_us: with the correction from earlier iterations of its kind; table_us: by the table alone.
+    device_us: the device's stages without waiting. host_us: the worker pool's tasks. launch_us: enqueueing.
+    """
+
+    kind: Kind
+    total_us: float
+    table_us: float
+    device_us: float
+    host_us: float
+    launch_us: float
+
+
+class CostModel:
+    """Prices iterations, and learns from what they took."""
+
+    _WEIGHT = 0.1  # of a new observation in the correction of its kind
+    _STEP = 1.5  # an observation counts as at most this far from the present correction: outliers are rare and huge
+    _RANGE = 4.0  # corrections stay within 1/4 .. 4, so that no kind of iteration is ever given up for good
+    _WINDOW = 256
+
+    def __init__(self, table: CostTable, shape: ModelShape) -> None:
+        self.table = table
+        self._num_layers = shape.num_layers
+        pre, post = _pre_parameters(shape), _post_parameters(shape)
+        self._pre_share = pre / (pre + post)
+        self._correction = dict.fromkeys(Kind, 1.0)
+        self._costs_of = lru_cache(maxsize=64)(self._stage_costs)  # candidates of an iteration share most loads
+        self._errors: deque[float] = deque(maxlen=self._WINDOW)
+
+    @property
+    def error(self) -> float:
+        """Median of |predicted - measured| / measured over the latest iterations; 0 before the first."""
+        return median(self._errors) if self._errors else 0.0
+
+    def price(self, spans: Sequence[Span], loads: Mapping[int, Load]) -> Price:
+        """Price of the program of `spans`; `loads` by sub-batch index."""
+        program_spans = tuple(spans)
+        costs = [self._costs_of(loads[index]) if index in loads else FREE for index in (0, 1)]
+        device_us = host_us = launch_us = 0.0
+        for span in program_spans:
+            device_us += self._device_us(span, costs[span.sub_batch])
+            host_us += self._host_tasks(span) * costs[span.sub_batch].host_us
+            launch_us += self._launch_us(span, loads[span.sub_batch])
+        table_us = max(walk_us(self._num_layers, program_spans, *costs), host_us, launch_us)
+        kind = _kind(program_spans, loads)
+        return Price(kind, table_us * self._correction[kind], table_us, device_us, host_us, launch_us)
+
+    def host_lap_us(self, load: Load) -> float:
+        """Time of the worker pool for a lap of the load's host rows."""
+        return self._num_layers * self._task_us(load)
+
+    def prefill_row_us(self) -> float:
+        """What a prefill row adds to an iteration whose linear layers are busy with many others."""
+        (x0, y0), (x1, y1) = self.table.linear.points[0], self.table.linear.points[-1]
+        if len(self.table.linear.points) > 1:
+            x0, y0 = self.table.linear.points[-2]
+        return self._num_layers * ((y1 - y0) / (x1 - x0) if x1 > x0 else y1 / max(1.0, x1))
+
+    def efficient_rows(self) -> int:
+        """The fewest rows at which a row costs at most a quarter more than among very many."""
+        row_us = self.prefill_row_us() / self._num_layers
+        rows = 64
+        while rows < 8192 and self.table.linear.at(rows) > 1.25 * row_us * rows:
+            rows *= 2
+        return rows
+
+    def observe(self, price: Price, measured_us: float) -> None:
+        """Compare a price with what the iteration took and correct later prices of its kind."""
+        if measured_us <= 0 or price.table_us <= 0:
+            return
+        self._errors.append(abs(price.total_us - measured_us) / measured_us)
+        old = self._correction[price.kind]
+        seen = min(max(measured_us / price.table_us, old / self._STEP), old * self._STEP)
+        new = old * (seen / old) ** self._WEIGHT
+        self._correction[price.kind] = min(max(new, 1 / self._RANGE), self._RANGE)
+
+    def _stage_costs(self, load: Load) -> StageCosts:
+        table = self.table
+        linear_us = table.linear.at(load.rows)
+        attend_us = 0.0
+        if load.device_tokens:
+            attend_us += table.device_decode_us + load.device_tokens * table.device_us_per_token
+        if load.prefill_rows:
+            attend_us += table.prefill_us + load.prefill_pairs * table.prefill_us_per_pair
+            attend_us += load.staged_tokens * table.migration_us_per_token / self._num_layers
+        by_op = {
+            Op.EMBED: table.embed.at(load.rows),
+            Op.PRE: linear_us * self._pre_share,
+            Op.ATTEND: attend_us,
+            Op.POST: linear_us * (1 - self._pre_share),
+            Op.HEAD: table.head.at(load.samples) if load.samples else 0.0,
+        }
+        handoff_us = table.handoff_us + load.host_rows * table.handoff_us_per_row
+        return StageCosts(tuple([by_op.get(op, 0.0) for op in OPS]), self._task_us(load), handoff_us)
+
+    def _task_us(self, load: Load) -> float:
+        """One layer's host attention."""
+        if not load.host_rows:
+            return 0.0
+        table = self.table
+        return table.host_task_us + load.host_tokens * table.host_us_per_token + load.host_rows * table.host_us_per_row
+
+    def _device_us(self, span: Span, costs: StageCosts) -> float:
+        """Time in which the device works on a span."""
+        begins, ends = span.first_step == 0, span.stop_step == self._num_layers + 1
+        us = costs.device_us
+        total_us = begins * us[_EMBED] + ends * us[_HEAD] + (span.num_steps - begins) * us[_POST]
+        return total_us + (span.num_steps - ends) * (us[_PRE] + us[_ATTEND])
+
+    def _host_tasks(self, span: Span) -> int:
+        """Layers that a span sends to the worker pool."""
+        return (span.num_steps - (span.stop_step == self._num_layers + 1)) * span.has_host
+
+    def _launch_us(self, span: Span, load: Load) -> float:
+        """Enqueueing: a whole lap of nothing but device decodes replays a graph, all else goes stage by stage."""
+        if span.num_steps == self._num_layers + 1 and not span.has_host and not load.prefill_rows:
+            return self.table.graph_launch_us
+        return span.num_steps * (5 if span.has_host else 3) * self.table.launch_us
+
+
+_EMBED, _PRE, _ATTEND, _POST, _HEAD = (OPS.index(op) for op in (Op.EMBED, Op.PRE, Op.ATTEND, Op.POST, Op.HEAD))
+
+
+def _kind(spans: tuple[Span, ...], loads: Mapping[int, Load]) -> Kind:
+    prefill = any(loads[span.sub_batch].prefill_rows for span in spans)
+    if any(span.has_host for span in spans):
+        return Kind.PIPELINED_PREFILL if prefill else Kind.PIPELINED_DECODE
+    return Kind.DEVICE_PREFILL if prefill else Kind.DEVICE_DECODE

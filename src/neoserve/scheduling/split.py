@@ -1,0 +1,316 @@
+"""Which program an iteration runs: how its rows are split over the sub-batches, and how far each of them gets.
+
+Objective. Work is counted at what it would cost device-only: a decode token is worth its share of a decode-only lap
+of as many sequences as the device pool holds, a prefill row what a row costs among very many. A candidate's *rate*
+is the worth of what it gets done (a host lap that gets a quarter of its way counts a quarter) over its predicted
+time. Prefill rows count, because a prompt must be computed anyway, on whichever tier it ends up; host rows count as
+much as device rows, because a client does not care where its token came from. With the same device rows and prompts,
+a candidate beats device-only exactly if its host rows cost less extra time than device-only would need for as many
+tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from neoserve.core.plan import Tier
+from neoserve.core.program import Span
+from neoserve.scheduling.cost import CostModel, Load, Price
+from neoserve.scheduling.policy import Policy
+
+_RATIOS = (1, 2, 3, 4, 5, 6, 8, 11)  # iterations that a host lap may take, tried in this order
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next rows of a prompt. samples: they end with the last given token."""
+
+    tier: Tier
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an iteration could do.
+
+    reference: decode rows of as many sequences as the device pool could hold. device: all decode rows of DEVICE
+    sequences. chunks: of prompts, oldest first.
+    host_tokens: KV tokens of each HOST sequence that could decode, in the order in which they go to sub-batch 1.
+    lap, lap_step: the host lap in flight in sub-batch 1 and its next step.
+    must_run_host: host rows have waited long enough.
+    """
+
+    reference: Load
+    device: Load
+    chunks: tuple[Chunk, ...]
+    host_tokens: tuple[int, ...]
+    lap: Load | None
+    lap_step: int
+    must_run_host: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What an iteration will do.
+
+    prefill_rows: the most rows of the chunks that go to each sub-batch (`deal`). num_host: HOST sequences that begin
+    a lap in each; the first num_host[1] of them go to sub-batch 1. lap_steps: steps that sub-batch 1 advances, begun
+    now or earlier. rate: worth over time, 1 where everything costs what it is worth.
+    """
+
+    prefill_rows: tuple[int, int]
+    num_host: tuple[int, int]
+    lap_steps: int
+    price: Price
+    rate: float
+
+
+def deal(chunks: Sequence[Chunk], limits: tuple[int, int]) -> Iterator[tuple[int, int, int]]:
+    """Which rows go where: (chunk, rows, sub-batch), each chunk to the sub-batch with more room, while any has some."""
+    room = list(limits)
+    for index, chunk in enumerate(chunks):
+        side = 0 if room[0] >= room[1] else 1
+        count = min(chunk.count, room[side])
+        if count == 0:
+            return
+        room[side] -= count
+        yield index, count, side
+
+
+def _prefill_loads(chunks: Sequence[Chunk], limits: tuple[int, int]) -> tuple[Load, Load]:
+    """The loads that `deal` gives the sub-batches."""
+    loads = [Load(), Load()]
+    for index, count, side in deal(chunks, limits):
+        chunk = chunks[index]
+        loads[side] += Load.prefill(chunk.tier, chunk.start, count, chunk.samples and count == chunk.count)
+    return loads[0], loads[1]
+
+
+class Splitter:
+    """Prices the candidates of an iteration and takes the best.
+
+    target_us: what the interval between two tokens of a sequence may be; `None` for throughput.
+    target_ttft: prompts have a target too, so none of their rows is put off for a better rate.
+    """
+
+    def __init__(
+        self, cost: CostModel, num_layers: int, policy: Policy, target_us: float | None, target_ttft: bool
+    ) -> None:
+        self._cost = cost
+        self._num_steps = num_layers + 1
+        self._policy = policy
+        self._target_us = target_us
+        self._target_ttft = target_ttft
+        self._efficient_rows = cost.efficient_rows()
+        self._prefill_row_us = cost.prefill_row_us()
+        self._ratios = (*(ratio for ratio in _RATIOS if ratio < policy.slowest_ratio), policy.slowest_ratio)
+
+    def choose(self, work: Work) -> Choice:
+        """The best candidate; never one with host rows that is predicted worse than device-only, unless host rows
+        must progress now."""
+        pricing = self._pricing(work)
+        full = self._within_target(pricing, sum(chunk.count for chunk in work.chunks))
+        if not (work.host_tokens or work.lap):
+            return pricing.price((full, 0), 0, 0, 0)
+        best = self._advance_lap(pricing, full) if work.lap else self._begin_lap(pricing, full)
+        if self._target_ttft or best.lap_steps == 0 or full <= self._efficient_rows:
+            return best
+        return self._with_fewer_prompts(pricing, best)
+
+    def pays(self, reference: Load, device: Load, host: Load, prompt_rows: int) -> bool:
+        """Whether laps of these host rows beside these device rows beat device-only, at least while there are prompts
+        to compute: then the second read of the weights costs little. Such prompts have `prompt_rows` rows."""
+        for chunks in ((), (Chunk(Tier.HOST, 0, prompt_rows, samples=True),)):
+            pricing = self._pricing(Work(reference, device, chunks, (), host, 0, must_run_host=False))
+            rows = prompt_rows if chunks else 0
+            pipelined = self._best_ratio(pricing, rows)
+            if pipelined and pipelined.rate > self._policy.min_gain * pricing.device_only_rate(rows):
+                return True
+        return False
+
+    def host_lap_limit_us(self, device: Load) -> float:
+        """How long the worker pool may take for a lap of all host sequences, for them to keep their interval."""
+        if self._target_us is not None:
+            return self._target_us
+        return self._policy.host_stretch * self._policy.max_ratio * self._device_lap_us(device)
+
+    def _pricing(self, work: Work) -> _Pricing:
+        decode_us = self._device_lap_us(work.reference) / max(1, work.reference.rows)
+        return _Pricing(self._cost, self._num_steps, work, decode_us, self._prefill_row_us)
+
+    def _device_lap_us(self, device: Load) -> float:
+        load = device if device.rows else Load.device_decode(1, 0)
+        return self._cost.price((Span(0, 0, self._num_steps, False),), {0: load}).total_us
+
+    def _within_target(self, pricing: _Pricing, prefill_rows: int) -> int:
+        """As many prefill rows as the target for device rows allows beside them, but always some."""
+        if self._target_us is None or not pricing.work.device.rows:
+            return prefill_rows
+        smallest = 16
+        while prefill_rows > smallest and pricing.price((prefill_rows, 0), 0, 0, 0).price.total_us > self._target_us:
+            prefill_rows = max(smallest, prefill_rows // 2)
+        return prefill_rows
+
+    def _begin_lap(self, pricing: _Pricing, prefill_rows: int) -> Choice:
+        """Host rows wait for a lap: none of them, all beside the rest, split over both, or a lap over several."""
+        num_host = len(pricing.work.host_tokens)
+        whole = self._best_split(pricing, (prefill_rows, 0))
+        if len(pricing.work.chunks) > 1 and prefill_rows > self._efficient_rows:
+            half = -(-prefill_rows // 2)
+            whole = max(whole, self._best_split(pricing, (half, half)), key=_rate)
+        if not pricing.work.device.rows:
+            return whole
+        device_only = pricing.price((prefill_rows, 0), 0, 0, 0)
+        if pricing.work.must_run_host:
+            slowest = pricing.price((prefill_rows, 0), 0, num_host, self._steps(self._policy.slowest_ratio, 0))
+            return min((whole, slowest), key=lambda choice: self._lap_costs_us(choice, device_only))
+        best = self._best_ratio(pricing, prefill_rows)
+        if self._meets_target(whole) and (best is None or whole.rate > best.rate):
+            best = whole
+        return best if best and best.rate > self._policy.min_gain * device_only.rate else device_only
+
+    def _advance_lap(self, pricing: _Pricing, prefill_rows: int) -> Choice:
+        """A host lap is in flight: how far does it get? At the least so far that it ends in time."""
+        step = pricing.work.lap_step
+        if not pricing.work.device.rows and not prefill_rows:
+            return pricing.price((0, 0), 0, 0, self._num_steps - step)
+        best = self._best_ratio(pricing, prefill_rows)
+        return best or pricing.price((prefill_rows, 0), 0, 0, self._steps(self._policy.slowest_ratio, step))
+
+    def _best_split(self, pricing: _Pricing, prefill_rows: tuple[int, int]) -> Choice:
+        """All host rows make a whole lap now, so many of them in sub-batch 1 that it takes the least time."""
+        num_host = len(pricing.work.host_tokens)
+
+        def split(num_second: int) -> Choice:
+            steps = self._num_steps if num_second or prefill_rows[1] else 0
+            return pricing.price(prefill_rows, num_host - num_second, num_second, steps)
+
+        leaves_first = not pricing.work.device.rows and not prefill_rows[0]
+        largest = num_host - 1 if leaves_first else num_host
+        best = min((split(n) for n in sorted({0, largest // 2, largest})), key=_total_us)
+        step = largest // 4
+        while step:
+            middle = best.num_host[1]
+            near = [split(n) for n in (middle - step, middle + step) if 0 < n < largest]
+            best = min((best, *near), key=_total_us)
+            step = step // 2 if step > max(1, largest // 16) else 0
+        return best
+
+    def _best_ratio(self, pricing: _Pricing, prefill_rows: int) -> Choice | None:
+        """The host lap advanced by one part in r, for the r with the best rate that meets the target.
+
+        The rate rises with r while the device waits for the host, and falls once the host waits for the device, or
+        rises on if host rows do not pay; so only those r are priced that are near to where neither waits, and the
+        largest.
+        """
+        work = pricing.work
+        begin = 0 if work.lap else len(work.host_tokens)
+        whole = pricing.price((prefill_rows, 0), 0, begin, self._steps(1, work.lap_step))
+        best = whole if self._meets_target(whole) else None
+        device_us = max(1.0, whole.price.device_us)
+        for ratio in self._ratios[1:]:
+            is_near = 0.4 < ratio * device_us / whole.price.host_us < 3.0
+            if not is_near and self._target_us is None and ratio != self._ratios[-1]:
+                continue
+            choice = pricing.price((prefill_rows, 0), 0, begin, self._steps(ratio, work.lap_step))
+            if self._meets_target(choice) and (best is None or choice.rate > best.rate):
+                best = choice
+        return best
+
+    def _steps(self, ratio: int, step: int) -> int:
+        """Steps of one part in `ratio` of a lap; the rest of it when less than half as much would be left."""
+        steps = -(-self._num_steps // ratio)
+        left = self._num_steps - step
+        return left if left < 1.5 * steps else steps
+
+    def _meets_target(self, choice: Choice) -> bool:
+        if self._target_us is None:
+            return True
+        iterations = self._num_steps / choice.lap_steps if choice.lap_steps else 1.0
+        return iterations * choice.price.total_us <= self._target_us
+
+    def _lap_costs_us(self, choice: Choice, device_only: Choice) -> float:
+        """What a whole lap of the host rows adds to device-only iterations."""
+        iterations = self._num_steps / choice.lap_steps if choice.lap_steps else 1.0
+        return iterations * (choice.price.total_us - device_only.price.total_us)
+
+    def _with_fewer_prompts(self, pricing: _Pricing, choice: Choice) -> Choice:
+        """Take prompts out again, down to where the linear layers are still efficient, if that has the better rate:
+        a long prefill leaves the worker pool idle and makes every decode wait."""
+        best = choice
+        while sum(best.prefill_rows) > self._efficient_rows:
+            first, second = best.prefill_rows
+            limits = (-(-first // 2), -(-second // 2))
+            fewer = pricing.price(limits, *choice.num_host, choice.lap_steps)
+            if sum(limits) < self._efficient_rows or fewer.rate <= best.rate * self._policy.min_gain:
+                break
+            best = fewer
+        return best
+
+
+class _Pricing:
+    """Prices the candidates of one iteration.
+
+    decode_us, prefill_row_us: what a decode token and a prefill row are worth.
+    """
+
+    def __init__(self, cost: CostModel, num_steps: int, work: Work, decode_us: float, prefill_row_us: float) -> None:
+        self.work = work
+        self._cost = cost
+        self._num_steps = num_steps
+        self._decode_us = decode_us
+        self._prefill_row_us = prefill_row_us
+        self._host_tokens = tuple(accumulate(work.host_tokens, initial=0))
+        self._prefill: dict[tuple[int, int], tuple[Load, Load]] = {}
+
+    def price(self, prefill_rows: tuple[int, int], num_first: int, num_second: int, lap_steps: int) -> Choice:
+        """The candidate with this split; `lap_steps` of a lap in flight, or of one that begins with `num_second`."""
+        work = self.work
+        first, second = self._prefill_loads(prefill_rows)
+        first += work.device
+        if num_first:
+            first += self._host_load(num_second, num_second + num_first)
+        if num_second:
+            second += self._host_load(0, num_second)
+        if work.lap:
+            second = work.lap
+        spans, loads, worth_us = [], {}, 0.0
+        if first.rows:
+            spans.append(Span(0, 0, self._num_steps, num_first > 0))
+            loads[0] = first
+            worth_us += self._worth_us(first)
+        if lap_steps:
+            spans.append(Span(1, work.lap_step, work.lap_step + lap_steps, second.host_rows > 0))
+            loads[1] = second
+            worth_us += self._worth_us(second) * lap_steps / self._num_steps
+        price = self._cost.price(spans, loads)
+        return Choice(prefill_rows, (num_first, num_second), lap_steps, price, worth_us / price.total_us)
+
+    def device_only_rate(self, prefill_rows: int) -> float:
+        """The rate without any host rows; 0 if there is nothing else."""
+        if not (self.work.device.rows or prefill_rows):
+            return 0.0
+        return self.price((prefill_rows, 0), 0, 0, 0).rate
+
+    def _worth_us(self, load: Load) -> float:
+        return (load.rows - load.prefill_rows) * self._decode_us + load.prefill_rows * self._prefill_row_us
+
+    def _prefill_loads(self, limits: tuple[int, int]) -> tuple[Load, Load]:
+        if limits not in self._prefill:
+            self._prefill[limits] = _prefill_loads(self.work.chunks, limits)
+        return self._prefill[limits]
+
+    def _host_load(self, first: int, stop: int) -> Load:
+        return Load.host_decode(stop - first, self._host_tokens[stop] - self._host_tokens[first])
+
+
+def _rate(choice: Choice) -> float:
+    return choice.rate
+
+
+def _total_us(choice: Choice) -> float:
+    return choice.price.total_us

@@ -1,0 +1,66 @@
+"""Drive an `EngineCore` to the end of some requests, checking its integrity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from neoserve.core.config import EngineConfig
+from neoserve.core.request import Request, SamplingParams, TokenEvent
+from neoserve.engine.core import EngineCore
+
+MODES: dict[str, dict[str, Any]] = {
+    "off": {"offload": "off", "device_kv_tokens": 2048},
+    "all": {"offload": "all", "host_memory_bytes": 64 * 2**20},
+    "auto-roomy": {"offload": "auto", "device_kv_tokens": 2048, "host_memory_bytes": 64 * 2**20},
+    "auto-tight": {"offload": "auto", "device_kv_tokens": 256, "host_memory_bytes": 64 * 2**20},
+    "auto-chunked": {
+        "offload": "auto",
+        "device_kv_tokens": 160,
+        "host_memory_bytes": 64 * 2**20,
+        "max_num_batched_tokens": 24,
+        "max_num_seqs": 8,
+    },
+}
+"""Ways to place sequences over the tiers; all must give the same greedy tokens in float32."""
+
+
+@contextmanager
+def engine(model: str | None, **settings: Any) -> Iterator[EngineCore]:
+    """An engine on the reference device, closed and checked at the end."""
+    defaults: dict[str, Any] = {"device": "reference", "max_num_seqs": 32}
+    core = EngineCore(EngineConfig(model=model, **{**defaults, **settings}))
+    try:
+        yield core
+        core.check_integrity()
+        stats = core.stats()
+        assert stats.num_running == stats.num_waiting == 0
+        assert stats.device_blocks_used == stats.host_blocks_used == 0
+    finally:
+        core.close()
+
+
+def request(core: EngineCore, request_id: str, prompt: Sequence[int], params: SamplingParams) -> Request:
+    """A request as the front end would make it."""
+    eos_ids = () if params.ignore_eos else core.info.eos_ids
+    return Request(request_id, tuple(prompt), params, (*eos_ids, *params.stop_token_ids), arrival_s=0.0)
+
+
+def finish(core: EngineCore) -> dict[str, list[TokenEvent]]:
+    """Step until nothing is left; the events of each request."""
+    events: dict[str, list[TokenEvent]] = {}
+    while core.has_work:
+        for event in core.step():
+            events.setdefault(event.request_id, []).append(event)
+    return events
+
+
+def generate(core: EngineCore, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
+    """The tokens of each prompt, all submitted at once."""
+    for index, prompt in enumerate(prompts):
+        core.add(request(core, str(index), prompt, params))
+    events = finish(core)
+    for index in range(len(prompts)):
+        assert events[str(index)][-1].finish_reason in ("stop", "length"), events[str(index)][-1]
+    return [[token for event in events[str(index)] for token in event.token_ids] for index in range(len(prompts))]

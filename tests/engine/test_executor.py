@@ -1,0 +1,204 @@
+"""Plans made by hand against transformers: every program, both tiers, migrations between any two laps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from neoserve.core.config import ResolvedConfig
+from neoserve.core.plan import IterationPlan, IterationResult, Migration, Rows, SubBatch, Tier
+from neoserve.core.program import Span
+from neoserve.core.request import Request, SamplingParams
+from neoserve.device.reference import ReferenceDevice
+from neoserve.execution.executor import Executor
+from neoserve.models.checkpoint import open_checkpoint
+from neoserve.models.decoder import Decoder
+from neoserve.models.weights import load_weights
+from tests.engine.conftest import Tiny
+
+PROMPT = tuple(range(3, 23))
+NUM_TOKENS = 12
+BLOCKS_EACH = 3
+STEPS = 4  # of a lap over the tiny model's three layers
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Tiny) -> list[int]:
+    with torch.inference_mode():
+        out = tiny.model.generate(
+            torch.tensor([PROMPT]), do_sample=False, min_new_tokens=NUM_TOKENS, max_new_tokens=NUM_TOKENS,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+    return out[0, len(PROMPT) :].tolist()
+
+
+@pytest.fixture
+def executor(tiny: Tiny) -> Iterator[Executor]:
+    spec = open_checkpoint(tiny.path).spec
+    device = ReferenceDevice(num_threads=1)
+    weights = load_weights(spec, Path(tiny.path), torch.float32, device.torch_device)
+    config = ResolvedConfig(
+        model_name="tiny", shape=spec.shape, dtype="float32", device="reference", seed=0, max_model_len=256,
+        max_num_seqs=4, max_num_batched_tokens=64, block_size=16, offload="auto", device_blocks=12, host_blocks=12,
+        staging_blocks=6, worker_cpus=(0,), host_deadline_s=5.0, target_tpot_ms=None, target_ttft_ms=None,
+        max_waiting=8, enforce_eager=False,
+    )  # fmt: skip
+    made = Executor(config, Decoder(spec, weights, device.ops, config.max_model_len), device)
+    for name in ("a", "b"):
+        made.add(Request(name, PROMPT, SamplingParams(temperature=0, max_tokens=NUM_TOKENS), (), 0.0))
+    yield made
+    made.close()
+
+
+class Script:
+    """Two sequences, `a` in slot 0 and `b` in slot 1, each in the tier that it was given, and the plans for them."""
+
+    def __init__(self, executor: Executor, tiers: dict[str, Tier]) -> None:
+        self.executor = executor
+        self.tiers = tiers
+        self.length = dict.fromkeys(tiers, 0)
+        self.generated = dict.fromkeys(tiers, 0)
+        self.first_block = {"a": 0, "b": BLOCKS_EACH}
+        self.tokens: dict[str, list[int]] = {name: [] for name in tiers}
+        self.iterations = self.laps = 0
+
+    def rows(self, name: str, token_ids: tuple[int, ...] | None) -> Rows:
+        """The next rows of a sequence: a chunk of its prompt, or a decode."""
+        count = 1 if token_ids is None else len(token_ids)
+        slot = "ab".index(name)
+        staged = token_ids is not None and self.tiers[name] is Tier.HOST
+        staging = tuple(range(slot * BLOCKS_EACH, (slot + 1) * BLOCKS_EACH)) if staged else ()
+        blocks = self.blocks(name, self.length[name] + count)
+        rows = Rows(
+            name, slot, self.tiers[name], self.length[name], count, token_ids, blocks, staging[: len(blocks)],
+            samples=self.length[name] + count >= len(PROMPT), num_generated=self.generated[name],
+        )  # fmt: skip
+        self.length[name] += count
+        self.generated[name] += rows.samples
+        return rows
+
+    def blocks(self, name: str, length: int) -> np.ndarray:
+        """The block table of a sequence of `length` tokens."""
+        first = self.first_block[name]
+        return np.arange(first, first - (-length // 16), dtype=np.int32)
+
+    def lap(self, index: int, *rows: Rows) -> SubBatch:
+        """A lap of the rows."""
+        self.laps += 1
+        prefill = sorted((r for r in rows if r.is_prefill), key=lambda r: r.tier is Tier.HOST)
+        device = tuple(r for r in rows if not r.is_prefill and r.tier is Tier.DEVICE)
+        host = tuple(r for r in rows if not r.is_prefill and r.tier is Tier.HOST)
+        return SubBatch(index, self.laps, tuple(prefill), device, host)
+
+    def plan(
+        self, *spans: Span, begins: tuple[SubBatch, ...], ends: tuple[SubBatch, ...], moves: tuple[Migration, ...] = ()
+    ) -> IterationPlan:
+        """The next iteration."""
+        self.iterations += 1
+        return IterationPlan(self.iterations, begins, spans, ends, moves, 0.0)
+
+    def run(self, plans: list[IterationPlan]) -> None:
+        """Launch each plan before the one before is collected, as the engine does."""
+        launched = None
+        for plan in plans:
+            following = self.executor.launch(plan)
+            if launched is not None:
+                self.take(self.executor.collect(launched))
+            launched = following
+        assert launched is not None
+        self.take(self.executor.collect(launched))
+
+    def take(self, result: IterationResult) -> None:
+        """Keep the tokens of an iteration."""
+        assert result.error is None
+        for token in result.tokens:
+            if token.token_id is not None:
+                self.tokens[token.request_id].append(token.token_id)
+
+    def prefill(self, chunks: tuple[slice, ...]) -> list[IterationPlan]:
+        """Both prompts, chunk by chunk, in one sub-batch."""
+        plans = []
+        for chunk in chunks:
+            lap = self.lap(0, *(self.rows(name, PROMPT[chunk]) for name in self.tiers))
+            plans.append(self.plan(Span(0, 0, STEPS, False), begins=(lap,), ends=(lap,)))
+        return plans
+
+    def migrate(self, name: str) -> Migration:
+        """Move a sequence to fresh blocks of the other tier."""
+        old = self.blocks(name, self.length[name])
+        self.first_block[name] = (self.first_block[name] + 2 * BLOCKS_EACH) % (4 * BLOCKS_EACH)
+        new = self.blocks(name, self.length[name])
+        source = self.tiers[name]
+        self.tiers[name] = Tier.HOST if source is Tier.DEVICE else Tier.DEVICE
+        return Migration(name, source, old, new, self.length[name])
+
+    def has_host(self, name: str) -> bool:
+        """Whether the sequence decodes on the host."""
+        return self.tiers[name] is Tier.HOST
+
+
+WHOLE = (slice(0, 20),)
+CHUNKS = (slice(0, 7), slice(7, 16), slice(16, 20))
+PLACEMENTS = [
+    {"a": Tier.DEVICE, "b": Tier.DEVICE},
+    {"a": Tier.DEVICE, "b": Tier.HOST},
+    {"a": Tier.HOST, "b": Tier.HOST},
+]
+
+
+@pytest.mark.parametrize("tiers", PLACEMENTS)
+@pytest.mark.parametrize("chunks", [WHOLE, CHUNKS])
+def test_one_sub_batch(
+    executor: Executor, expected: list[int], tiers: dict[str, Tier], chunks: tuple[slice, ...]
+) -> None:
+    script = Script(executor, dict(tiers))
+    plans = script.prefill(chunks)
+    for _ in range(NUM_TOKENS - 1):
+        lap = script.lap(0, script.rows("a", None), script.rows("b", None))
+        has_host = Tier.HOST in tiers.values()
+        plans.append(script.plan(Span(0, 0, STEPS, has_host), begins=(lap,), ends=(lap,)))
+    script.run(plans)
+    assert script.tokens == {"a": expected, "b": expected}
+
+
+@pytest.mark.parametrize("tiers", PLACEMENTS)
+@pytest.mark.parametrize("migrating", [(), ("a",), ("b",), ("a", "b")])
+def test_lock_step_with_migrations_before_every_iteration(
+    executor: Executor, expected: list[int], tiers: dict[str, Tier], migrating: tuple[str, ...]
+) -> None:
+    script = Script(executor, dict(tiers))
+    plans = script.prefill(WHOLE)
+    for _ in range(NUM_TOKENS - 1):
+        moves = tuple(script.migrate(name) for name in migrating)
+        laps = (script.lap(0, script.rows("a", None)), script.lap(1, script.rows("b", None)))
+        spans = (Span(0, 0, STEPS, script.has_host("a")), Span(1, 0, STEPS, script.has_host("b")))
+        plans.append(script.plan(*spans, begins=laps, ends=laps, moves=moves))
+    script.run(plans)
+    assert script.tokens == {"a": expected, "b": expected}
+
+
+@pytest.mark.parametrize("cuts", [(2,), (1, 3), (1, 2, 3)])
+def test_a_host_lap_over_several_device_laps(executor: Executor, expected: list[int], cuts: tuple[int, ...]) -> None:
+    script = Script(executor, {"a": Tier.DEVICE, "b": Tier.HOST})
+    plans = script.prefill(CHUNKS)
+    parts = list(zip((0, *cuts), (*cuts, STEPS), strict=True))
+    host_lap = None
+    for turn in range(NUM_TOKENS - 1):
+        first, stop = parts[turn % len(parts)]
+        device_lap = script.lap(0, script.rows("a", None))
+        begins: tuple[SubBatch, ...] = (device_lap,)
+        if first == 0:
+            host_lap = script.lap(1, script.rows("b", None))
+            begins += (host_lap,)
+        assert host_lap is not None
+        ends = (device_lap, host_lap) if stop == STEPS else (device_lap,)
+        spans = (Span(0, 0, STEPS, False), Span(1, first, stop, True))
+        plans.append(script.plan(*spans, begins=begins, ends=ends))
+    script.run(plans)
+    assert script.tokens["a"] == expected
+    num_host_laps = (NUM_TOKENS - 1) // len(parts)
+    assert script.tokens["b"] == expected[: 1 + num_host_laps]
