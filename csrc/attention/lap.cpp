@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "attention/attention.h"
-#include "attention/merge.h"
 #include "attention/share.h"
 #include "attention/split.h"
 
@@ -132,7 +131,7 @@ struct Lap::State {
   int32_t num_items(int thread) const { return split.thread_start[thread + 1] - split.thread_start[thread]; }
 
   const Item* claim(int thread);
-  void finish(const Item& item, const LayerMemory& memory);
+  const Cut* finish(const Item& item);
   void leave_layer();
 };
 
@@ -158,13 +157,12 @@ const Item* Lap::State::claim(int thread) {
 }
 
 // Whoever finishes the last item of a (row, kv head) merges its partial results.
-void Lap::State::finish(const Item& item, const LayerMemory& memory) {
-  if (item.partial < 0) return;
+const Cut* Lap::State::finish(const Item& item) {
+  if (item.partial < 0) return nullptr;
   const int32_t index = split.cut_of_slot[item.partial];
-  if (slots_open[index].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-  const Cut& cut = split.cuts[index];
-  slots_open[index].store(cut.num_slots, std::memory_order_relaxed);
-  merge_partials(shape, memory, cut, static_cast<const float*>(partials.get()));
+  if (slots_open[index].fetch_sub(1, std::memory_order_acq_rel) > 1) return nullptr;
+  slots_open[index].store(split.cuts[index].num_slots, std::memory_order_relaxed);
+  return &split.cuts[index];
 }
 
 // The last thread to leave makes the lap ready for its next layer.
@@ -211,8 +209,7 @@ void Lap::attend(int thread, const LayerMemory& memory) noexcept {
   struct Context {
     State& state;
     int thread;
-    const LayerMemory& memory;
-  } context{*state_, thread, memory};
+  } context{*state_, thread};
 
   Share share;
   share.lap = &state_->shape;
@@ -223,9 +220,7 @@ void Lap::attend(int thread, const LayerMemory& memory) noexcept {
   share.scratch = static_cast<char*>(state_->scratch.get()) + thread * state_->scratch_stride;
   share.context = &context;
   share.claim = [](void* c) { return static_cast<Context*>(c)->state.claim(static_cast<Context*>(c)->thread); };
-  share.finish = [](void* c, const Item& item) {
-    static_cast<Context*>(c)->state.finish(item, static_cast<Context*>(c)->memory);
-  };
+  share.finish = [](void* c, const Item& item) { return static_cast<Context*>(c)->state.finish(item); };
   state_->attend(share);
   state_->leave_layer();
 }
