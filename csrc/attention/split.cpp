@@ -10,16 +10,10 @@ namespace {
 constexpr int64_t kCutCostBytes = 16 * 1024;
 
 // Items of less than this cost more than they help.
-#ifndef NEO_SMALLEST_ITEM
-#define NEO_SMALLEST_ITEM (64 * 1024)
-#endif
-constexpr int64_t kSmallestItemBytes = NEO_SMALLEST_ITEM;
+constexpr int64_t kSmallestItemBytes = 64 * 1024;
 
 // Of what is left of a share, an item takes at most one part in this many.
-#ifndef NEO_ITEM_PART
-#define NEO_ITEM_PART 4
-#endif
-constexpr int64_t kItemPart = NEO_ITEM_PART;
+constexpr int64_t kItemPart = 4;
 
 // Items end where a multiple of this many tokens ends, which attention takes at one go.
 constexpr int64_t kItemTokens = 64;
@@ -60,9 +54,7 @@ int64_t count_tokens(const LapShape& shape) {
 
 // Where each thread's share ends, in the line of tokens.
 std::vector<int64_t> share_ends(const LapShape& shape, int num_threads) {
-  int64_t total = 0;
-  for (int b = 0; b < shape.num_rows; ++b)
-    total += static_cast<int64_t>(shape.lengths[b]) * shape.geometry.num_kv_heads;
+  const int64_t total = count_tokens(shape);
   const int64_t tolerance = std::max(kCutCostBytes / bytes_per_token(shape.geometry), total / num_threads / 100);
   std::vector<int64_t> ends;
   Pairs pairs(shape);

@@ -2,10 +2,10 @@
 
 #include <sys/prctl.h>
 
-#include <sstream>
 #include <stdexcept>
 #include <utility>
 
+#include "base/decimal.h"
 #include "sync/spin.h"
 #include "sync/topology.h"
 
@@ -20,11 +20,7 @@ void nap() {
 }
 
 // As in "30 s" or "0.25 s".
-std::string seconds_text(int64_t time_ns) {
-  std::ostringstream text;
-  text << static_cast<double>(time_ns) * 1e-9 << " s";
-  return text.str();
-}
+std::string seconds_text(int64_t time_ns) { return decimal(static_cast<double>(time_ns) * 1e-9) + " s"; }
 
 }  // namespace
 

@@ -5,10 +5,11 @@
 #include <algorithm>
 #include <array>
 #include <cctype>
-#include <fstream>
+#include <charconv>
+#include <cstdio>
+#include <cstdlib>
 #include <limits>
 #include <map>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -22,24 +23,43 @@ namespace fs = std::filesystem;
 constexpr int kMaxCpus = 8192;  // the most that Linux can be built for
 using CpuMask = std::array<cpu_set_t, kMaxCpus / CPU_SETSIZE>;
 
-std::string first_line(const fs::path& path) {
-  std::ifstream file(path);
-  std::string line;
-  std::getline(file, line);
-  return line;
+// The lines of a file that the kernel writes; none if it is not there. No streams, for the reason in base/decimal.h.
+std::vector<std::string> read_lines(const fs::path& path) {
+  std::vector<std::string> lines;
+  std::FILE* file = std::fopen(path.c_str(), "re");
+  if (!file) return lines;
+  bool begins = true;
+  for (char part[512]; std::fgets(part, sizeof part, file);) {
+    std::string text = part;
+    const bool ends = text.back() == '\n';
+    if (ends) text.pop_back();
+    if (begins) lines.emplace_back();
+    lines.back() += text;
+    begins = ends;
+  }
+  std::fclose(file);
+  return lines;
 }
 
-// The numbers of a kernel list such as "0-3,8,10-11".
+std::string first_line(const fs::path& path) {
+  const std::vector<std::string> lines = read_lines(path);
+  return lines.empty() ? std::string() : lines.front();
+}
+
+// The numbers of a kernel list such as "0-3,8,10-11". Here and below no stream parses numbers: that takes the facets of
+// a locale, which are not usable where libstdc++ is linked into this module a second time.
 std::vector<int> parse_cpu_list(const std::string& text) {
   std::vector<int> cpus;
-  std::istringstream ranges(text);
-  for (std::string range; std::getline(ranges, range, ',');) {
-    int first = 0, last = 0;
-    char dash = 0;
-    std::istringstream numbers(range);
-    if (!(numbers >> first)) continue;
-    if (!(numbers >> dash >> last)) last = first;
+  const char* at = text.data();
+  const char* const end = at + text.size();
+  while (at != end) {
+    int first = 0;
+    auto [next, error] = std::from_chars(at, end, first);
+    if (error != std::errc{}) break;
+    int last = first;
+    if (next != end && *next == '-') next = std::from_chars(next + 1, end, last).ptr;
     for (int cpu = first; cpu <= last; ++cpu) cpus.push_back(cpu);
+    at = next != end && *next == ',' ? next + 1 : end;
   }
   return cpus;
 }
@@ -57,18 +77,15 @@ std::map<int, int> node_of_cpu(const fs::path& root) {
 
 // CPUs that a quota of `quota` microseconds in each `period` pays for; a quota of "max" or -1 does not limit.
 double quota_cpus(const std::string& quota, const std::string& period) {
-  constexpr double kUnlimited = std::numeric_limits<double>::infinity();
-  std::istringstream quota_text(quota), period_text(period);
-  double quota_us = 0, period_us = 0;
-  if (!(quota_text >> quota_us) || !(period_text >> period_us) || quota_us <= 0 || period_us <= 0) return kUnlimited;
+  const double quota_us = std::strtod(quota.c_str(), nullptr), period_us = std::strtod(period.c_str(), nullptr);
+  if (quota_us <= 0 || period_us <= 0) return std::numeric_limits<double>::infinity();
   return quota_us / period_us;
 }
 
 double cgroup_v2_cpus(const fs::path& directory) {
-  std::istringstream fields(first_line(directory / "cpu.max"));
-  std::string quota, period;
-  fields >> quota >> period;
-  return quota_cpus(quota, period);
+  const std::string line = first_line(directory / "cpu.max");  // "<quota> <period>"
+  const size_t space = line.find(' ');
+  return space == std::string::npos ? quota_cpus("max", "") : quota_cpus(line.substr(0, space), line.substr(space + 1));
 }
 
 double cgroup_v1_cpus(const fs::path& directory) {
@@ -79,8 +96,7 @@ double cgroup_v1_cpus(const fs::path& directory) {
 // "<id>:<controllers>:<path>", without controllers for version 2.
 double cgroup_cpus(const fs::path& root) {
   double cpus = std::numeric_limits<double>::infinity();
-  std::ifstream file(root / "proc/self/cgroup");
-  for (std::string line; std::getline(file, line);) {
+  for (const std::string& line : read_lines(root / "proc/self/cgroup")) {
     const size_t first = line.find(':'), second = line.find(':', first + 1);
     if (first == std::string::npos || second == std::string::npos) continue;
     const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";

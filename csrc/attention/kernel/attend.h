@@ -7,14 +7,10 @@
 #include "attention/kernel/stream.h"
 #include "attention/share.h"
 
-#ifndef NEO_CHUNK
-#define NEO_CHUNK 64
-#endif
-
 namespace neo {
 namespace {
 
-constexpr int kChunk = NEO_CHUNK;  // tokens between two looks at the running maximum
+constexpr int kChunk = 64;  // tokens between two looks at the running maximum
 constexpr int kSmallestBlock = 16;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.69314718f;
