@@ -64,7 +64,7 @@ lint: $(VENV)/.dependencies  ## ruff, mypy, the floors, clang-format
 	@$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
 
 test-cuda: setup  ## the tests that need an NVIDIA GPU
-	@$(BIN)/python -m pytest tests/cuda
+	@NEO_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/cuda tests/engine
 
 # CMake and Ninja of .venv when it has them, else the system's.
 CMAKE = $(or $(wildcard $(BIN)/cmake),cmake)

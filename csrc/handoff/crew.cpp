@@ -2,7 +2,8 @@
 
 #include <sys/prctl.h>
 
-#include <sstream>
+#include <array>
+#include <cstdio>
 #include <stdexcept>
 #include <utility>
 
@@ -21,9 +22,9 @@ void nap() {
 
 // As in "30 s" or "0.25 s".
 std::string seconds_text(int64_t time_ns) {
-  std::ostringstream text;
-  text << static_cast<double>(time_ns) * 1e-9 << " s";
-  return text.str();
+  std::array<char, 32> text{};
+  std::snprintf(text.data(), text.size(), "%g s", static_cast<double>(time_ns) * 1e-9);
+  return text.data();
 }
 
 }  // namespace

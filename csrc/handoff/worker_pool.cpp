@@ -1,7 +1,8 @@
 #include "handoff/worker_pool.h"
 
+#include <array>
 #include <cmath>
-#include <sstream>
+#include <cstdio>
 #include <stdexcept>
 #include <utility>
 
@@ -14,9 +15,9 @@ namespace {
 int64_t to_ns(const char* name, double value, double unit_ns, double least) {
   constexpr double kLongestNs = 1e15;
   if (value >= least && value * unit_ns <= kLongestNs) return std::llround(value * unit_ns);
-  std::ostringstream message;
-  message << name << " is " << value << "; expected " << least << " to " << kLongestNs / unit_ns;
-  throw std::invalid_argument(message.str());
+  std::array<char, 128> message{};
+  std::snprintf(message.data(), message.size(), "%s is %g; expected %g to %g", name, value, least, kLongestNs / unit_ns);
+  throw std::invalid_argument(message.data());
 }
 
 std::shared_ptr<Crew> make_crew(const std::vector<int>& cpus, const WorkerPool::Options& options) {

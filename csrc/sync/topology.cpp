@@ -5,10 +5,12 @@
 #include <algorithm>
 #include <array>
 #include <cctype>
-#include <fstream>
+#include <charconv>
+#include <cstdio>
+#include <cstdlib>
 #include <limits>
 #include <map>
-#include <sstream>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -22,24 +24,43 @@ namespace fs = std::filesystem;
 constexpr int kMaxCpus = 8192;  // the most that Linux can be built for
 using CpuMask = std::array<cpu_set_t, kMaxCpus / CPU_SETSIZE>;
 
-std::string first_line(const fs::path& path) {
-  std::ifstream file(path);
+// The lines of a file, none where there is no such file. No streams of the standard library here: in a process that has
+// loaded a second copy of it, as GPU wheels bring, their locales may be those of the other copy, and crash.
+std::vector<std::string> lines_of(const fs::path& path) {
+  std::vector<std::string> lines;
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "re"), &std::fclose);
+  if (!file) return lines;
   std::string line;
-  std::getline(file, line);
-  return line;
+  for (int c = 0; (c = std::fgetc(file.get())) != EOF;) {
+    if (c == '\n') {
+      lines.push_back(std::exchange(line, {}));
+    } else {
+      line += static_cast<char>(c);
+    }
+  }
+  if (!line.empty()) lines.push_back(line);
+  return lines;
+}
+
+std::string first_line(const fs::path& path) {
+  const std::vector<std::string> lines = lines_of(path);
+  return lines.empty() ? "" : lines.front();
 }
 
 // The numbers of a kernel list such as "0-3,8,10-11".
 std::vector<int> parse_cpu_list(const std::string& text) {
   std::vector<int> cpus;
-  std::istringstream ranges(text);
-  for (std::string range; std::getline(ranges, range, ',');) {
-    int first = 0, last = 0;
-    char dash = 0;
-    std::istringstream numbers(range);
-    if (!(numbers >> first)) continue;
-    if (!(numbers >> dash >> last)) last = first;
-    for (int cpu = first; cpu <= last; ++cpu) cpus.push_back(cpu);
+  for (const char *at = text.data(), *end = at + text.size(); at < end; ++at) {
+    int first = 0;
+    const auto parsed = std::from_chars(at, end, first);
+    int last = first;
+    if (parsed.ec == std::errc()) {
+      at = parsed.ptr;
+      if (at < end && *at == '-') at = std::from_chars(at + 1, end, last).ptr;
+      for (int cpu = first; cpu <= last; ++cpu) cpus.push_back(cpu);
+    }
+    at = std::find(at, end, ',');
+    if (at == end) break;
   }
   return cpus;
 }
@@ -58,17 +79,14 @@ std::map<int, int> node_of_cpu(const fs::path& root) {
 // CPUs that a quota of `quota` microseconds in each `period` pays for; a quota of "max" or -1 does not limit.
 double quota_cpus(const std::string& quota, const std::string& period) {
   constexpr double kUnlimited = std::numeric_limits<double>::infinity();
-  std::istringstream quota_text(quota), period_text(period);
-  double quota_us = 0, period_us = 0;
-  if (!(quota_text >> quota_us) || !(period_text >> period_us) || quota_us <= 0 || period_us <= 0) return kUnlimited;
-  return quota_us / period_us;
+  const double quota_us = std::strtod(quota.c_str(), nullptr), period_us = std::strtod(period.c_str(), nullptr);
+  return quota_us > 0 && period_us > 0 && quota_us < kUnlimited ? quota_us / period_us : kUnlimited;
 }
 
 double cgroup_v2_cpus(const fs::path& directory) {
-  std::istringstream fields(first_line(directory / "cpu.max"));
-  std::string quota, period;
-  fields >> quota >> period;
-  return quota_cpus(quota, period);
+  const std::string line = first_line(directory / "cpu.max");
+  const size_t space = line.find(' ');
+  return space == std::string::npos ? quota_cpus("max", "") : quota_cpus(line.substr(0, space), line.substr(space + 1));
 }
 
 double cgroup_v1_cpus(const fs::path& directory) {
@@ -79,8 +97,7 @@ double cgroup_v1_cpus(const fs::path& directory) {
 // "<id>:<controllers>:<path>", without controllers for version 2.
 double cgroup_cpus(const fs::path& root) {
   double cpus = std::numeric_limits<double>::infinity();
-  std::ifstream file(root / "proc/self/cgroup");
-  for (std::string line; std::getline(file, line);) {
+  for (const std::string& line : lines_of(root / "proc/self/cgroup")) {
     const size_t first = line.find(':'), second = line.find(':', first + 1);
     if (first == std::string::npos || second == std::string::npos) continue;
     const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";

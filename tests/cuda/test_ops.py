@@ -167,7 +167,7 @@ def test_a_captured_bucket_serves_batches_that_grow_and_shrink(heads: tuple[int,
     ops = make_ops(heads, dtype)
     num_blocks = 2000
     kv = torch.randn(num_blocks + 1, 2, heads[1], 16, heads[2], device=DEVICE).to(dtype)
-    buckets = ops.decode_buckets((4, 16), max_blocks=num_blocks, padding_block=num_blocks)
+    buckets = ops.decode_plans((4, 16), max_blocks=num_blocks, padding_block=num_blocks)
     static = torch.zeros(16, heads[0] + 2 * heads[1], heads[2], device=DEVICE, dtype=dtype)
     outs = {size: torch.empty(size, heads[0], heads[2], device=DEVICE, dtype=dtype) for size in buckets.sizes}
     graphs = {}
@@ -192,7 +192,7 @@ def test_a_captured_bucket_serves_batches_that_grow_and_shrink(heads: tuple[int,
 
 
 def test_buckets_refuse_what_does_not_fit() -> None:
-    buckets = make_ops((32, 8, 128), torch.float16).decode_buckets((2,), max_blocks=8, padding_block=100)
+    buckets = make_ops((32, 8, 128), torch.float16).decode_plans((2,), max_blocks=8, padding_block=100)
     with pytest.raises(ValueError, match="largest bucket is 2"):
         buckets.plan(random_batch([1, 1, 1], [1, 1, 1], 16, 100))
     with pytest.raises(ValueError, match="blocks"):

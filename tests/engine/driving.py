@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from neoserve.core.config import EngineConfig
 from neoserve.core.request import Request, SamplingParams, TokenEvent
 from neoserve.engine.core import EngineCore
+
+DEVICE = os.environ.get("NEO_TEST_DEVICE", "reference")
+"""Where the engine tests run: "reference", in float32, or "cuda", in bfloat16."""
+ON_GPU = DEVICE == "cuda"
+DTYPE = "bfloat16" if ON_GPU else "float32"
+ROUNDING = 0.2
+"""How far below the likeliest token a greedy one may be where the engine rounds to bfloat16: in standard deviations of
+the logits. A random token is about 2.5 below."""
 
 MODES: dict[str, dict[str, Any]] = {
     "off": {"offload": "off", "device_kv_tokens": 2048},
@@ -23,13 +35,13 @@ MODES: dict[str, dict[str, Any]] = {
         "max_num_seqs": 8,
     },
 }
-"""Ways to place sequences over the tiers; all must give the same greedy tokens in float32."""
+"""Ways to place sequences over the tiers; all must give the same greedy tokens, where nothing is rounded."""
 
 
 @contextmanager
 def engine(model: str | None, **settings: Any) -> Iterator[EngineCore]:
-    """An engine on the reference device, closed and checked at the end."""
-    defaults: dict[str, Any] = {"device": "reference", "max_num_seqs": 32}
+    """An engine on `DEVICE`, closed and checked at the end."""
+    defaults: dict[str, Any] = {"device": DEVICE, "dtype": DTYPE, "max_num_seqs": 32}
     core = EngineCore(EngineConfig(model=model, **{**defaults, **settings}))
     try:
         yield core
@@ -64,3 +76,17 @@ def generate(core: EngineCore, prompts: Sequence[Sequence[int]], params: Samplin
     for index in range(len(prompts)):
         assert events[str(index)][-1].finish_reason in ("stop", "length"), events[str(index)][-1]
     return [[token for event in events[str(index)] for token in event.token_ids] for index in range(len(prompts))]
+
+
+def check_greedy(model: PreTrainedModel, prompt: Sequence[int], found: Sequence[int], expected: Sequence[int]) -> None:
+    """Assert that `found` is a greedy continuation: `expected` itself in float32, else one whose every token is, after
+    those before it, within `ROUNDING` of the likeliest by transformers' float32 model."""
+    if not ON_GPU:
+        assert list(found) == list(expected)
+        return
+    assert len(found) == len(expected)
+    with torch.inference_mode():
+        logits_TV = model(torch.tensor([[*prompt, *found]])).logits[0, len(prompt) - 1 : -1].float()
+    chosen_T = logits_TV.gather(1, torch.tensor(list(found)).unsqueeze(1)).squeeze(1)
+    below_T = (logits_TV.amax(-1) - chosen_T) / logits_TV.std(-1)
+    assert below_T.max() < ROUNDING, f"token {int(below_T.argmax())} is {float(below_T.max()):.2f} below the likeliest"

@@ -13,12 +13,13 @@ from neoserve.core.config import ResolvedConfig
 from neoserve.core.plan import IterationPlan, IterationResult, Migration, Rows, SubBatch, Tier
 from neoserve.core.program import Span
 from neoserve.core.request import Request, SamplingParams
-from neoserve.device.reference import ReferenceDevice
+from neoserve.engine.build import make_device
 from neoserve.execution.executor import Executor
 from neoserve.models.checkpoint import open_checkpoint
 from neoserve.models.decoder import Decoder
 from neoserve.models.weights import load_weights
 from tests.engine.conftest import Tiny
+from tests.engine.driving import DEVICE, DTYPE, check_greedy
 
 PROMPT = tuple(range(3, 23))
 NUM_TOKENS = 12
@@ -36,18 +37,19 @@ def expected(tiny: Tiny) -> list[int]:
     return out[0, len(PROMPT) :].tolist()
 
 
-@pytest.fixture
-def executor(tiny: Tiny) -> Iterator[Executor]:
+@pytest.fixture(params=[False, True], ids=["recorded", "eager"])
+def executor(tiny: Tiny, request: pytest.FixtureRequest) -> Iterator[Executor]:
     spec = open_checkpoint(tiny.path).spec
-    device = ReferenceDevice(num_threads=1)
-    weights = load_weights(spec, Path(tiny.path), torch.float32, device.torch_device)
+    device = make_device(DEVICE, spec.shape, DTYPE, block_size=16, num_threads=1)
+    weights = load_weights(spec, Path(tiny.path), getattr(torch, DTYPE), device.torch_device)
     config = ResolvedConfig(
-        model_name="tiny", shape=spec.shape, dtype="float32", device="reference", seed=0, max_model_len=256,
+        model_name="tiny", shape=spec.shape, dtype=DTYPE, device=DEVICE, seed=0, max_model_len=256,
         max_num_seqs=4, max_num_batched_tokens=64, block_size=16, offload="auto", device_blocks=12, host_blocks=12,
         staging_blocks=6, worker_cpus=(0,), host_deadline_s=5.0, target_tpot_ms=None, target_ttft_ms=None,
-        max_waiting=8, enforce_eager=False,
+        max_waiting=8, enforce_eager=request.param,
     )  # fmt: skip
     made = Executor(config, Decoder(spec, weights, device.ops, config.max_model_len), device)
+    assert bool(made.record_graphs()) != request.param
     for name in ("a", "b"):
         made.add(Request(name, PROMPT, SamplingParams(temperature=0, max_tokens=NUM_TOKENS), (), 0.0))
     yield made
@@ -136,6 +138,12 @@ class Script:
         self.tiers[name] = Tier.HOST if source is Tier.DEVICE else Tier.DEVICE
         return Migration(name, source, old, new, self.length[name])
 
+    def check(self, tiny: Tiny, expected: dict[str, list[int]]) -> None:
+        """The tokens of each sequence are right."""
+        assert self.tokens.keys() == expected.keys()
+        for name, tokens in expected.items():
+            check_greedy(tiny.model, PROMPT, self.tokens[name], tokens)
+
     def has_host(self, name: str) -> bool:
         """Whether the sequence decodes on the host."""
         return self.tiers[name] is Tier.HOST
@@ -153,7 +161,7 @@ PLACEMENTS = [
 @pytest.mark.parametrize("tiers", PLACEMENTS)
 @pytest.mark.parametrize("chunks", [WHOLE, CHUNKS])
 def test_one_sub_batch(
-    executor: Executor, expected: list[int], tiers: dict[str, Tier], chunks: tuple[slice, ...]
+    executor: Executor, tiny: Tiny, expected: list[int], tiers: dict[str, Tier], chunks: tuple[slice, ...]
 ) -> None:
     script = Script(executor, dict(tiers))
     plans = script.prefill(chunks)
@@ -162,13 +170,13 @@ def test_one_sub_batch(
         has_host = Tier.HOST in tiers.values()
         plans.append(script.plan(Span(0, 0, STEPS, has_host), begins=(lap,), ends=(lap,)))
     script.run(plans)
-    assert script.tokens == {"a": expected, "b": expected}
+    script.check(tiny, {"a": expected, "b": expected})
 
 
 @pytest.mark.parametrize("tiers", PLACEMENTS)
 @pytest.mark.parametrize("migrating", [(), ("a",), ("b",), ("a", "b")])
 def test_lock_step_with_migrations_before_every_iteration(
-    executor: Executor, expected: list[int], tiers: dict[str, Tier], migrating: tuple[str, ...]
+    executor: Executor, tiny: Tiny, expected: list[int], tiers: dict[str, Tier], migrating: tuple[str, ...]
 ) -> None:
     script = Script(executor, dict(tiers))
     plans = script.prefill(WHOLE)
@@ -178,11 +186,13 @@ def test_lock_step_with_migrations_before_every_iteration(
         spans = (Span(0, 0, STEPS, script.has_host("a")), Span(1, 0, STEPS, script.has_host("b")))
         plans.append(script.plan(*spans, begins=laps, ends=laps, moves=moves))
     script.run(plans)
-    assert script.tokens == {"a": expected, "b": expected}
+    script.check(tiny, {"a": expected, "b": expected})
 
 
 @pytest.mark.parametrize("cuts", [(2,), (1, 3), (1, 2, 3)])
-def test_a_host_lap_over_several_device_laps(executor: Executor, expected: list[int], cuts: tuple[int, ...]) -> None:
+def test_a_host_lap_over_several_device_laps(
+    executor: Executor, tiny: Tiny, expected: list[int], cuts: tuple[int, ...]
+) -> None:
     script = Script(executor, {"a": Tier.DEVICE, "b": Tier.HOST})
     plans = script.prefill(CHUNKS)
     parts = list(zip((0, *cuts), (*cuts, STEPS), strict=True))
@@ -199,6 +209,5 @@ def test_a_host_lap_over_several_device_laps(executor: Executor, expected: list[
         spans = (Span(0, 0, STEPS, False), Span(1, first, stop, True))
         plans.append(script.plan(*spans, begins=begins, ends=ends))
     script.run(plans)
-    assert script.tokens["a"] == expected
     num_host_laps = (NUM_TOKENS - 1) // len(parts)
-    assert script.tokens["b"] == expected[: 1 + num_host_laps]
+    script.check(tiny, {"a": expected, "b": expected[: 1 + num_host_laps]})

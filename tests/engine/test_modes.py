@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from neoserve.core.request import SamplingParams
-from tests.engine.driving import MODES, engine, generate
+from tests.engine.driving import MODES, check_greedy, engine, generate
 from tests.families import FAMILIES, save_family
 
 NUM_TOKENS = 64
@@ -32,19 +32,22 @@ def greedy(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[i
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
+def family(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, PreTrainedModel, list[list[int]]]:
     directory = tmp_path_factory.mktemp(request.param)
     # The host tier's kernels serve head dimensions from 64.
     model = save_family(request.param, directory, head_dim=64, num_hidden_layers=3)
-    return directory, [greedy(model, prompt, NUM_TOKENS) for prompt in PROMPTS]
+    return directory, model, [greedy(model, prompt, NUM_TOKENS) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_greedy_tokens_equal_transformers(family: tuple[Path, list[list[int]]], mode: str) -> None:
-    directory, expected = family
-    with engine(str(directory), dtype="float32", **MODES[mode]) as core:
+def test_greedy_tokens_equal_transformers(family: tuple[Path, PreTrainedModel, list[list[int]]], mode: str) -> None:
+    directory, model, expected = family
+    with engine(str(directory), **MODES[mode]) as core:
         params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-        assert generate(core, PROMPTS, params) == expected
+        for prompt, tokens, others in zip(PROMPTS, generate(core, PROMPTS, params), expected, strict=True):
+            check_greedy(model, prompt, tokens, others)
         stats = core.stats()
         assert (stats.host_tokens_total > 0) == (mode != "off" and mode != "auto-roomy")
         assert (stats.device_tokens_total > 0) == (mode != "all")

@@ -9,18 +9,20 @@ from neoserve.core.errors import ConfigError, QueueFullError, RequestTooLongErro
 from neoserve.core.plan import TokenLogprobs
 from neoserve.core.request import SamplingParams
 from tests.engine.conftest import Tiny
-from tests.engine.driving import MODES, engine, finish, generate, request
+from tests.engine.driving import MODES, ON_GPU, check_greedy, engine, finish, generate, request
 
 PROMPT = [5, 9, 17, 4, 77, 21, 8]
+LOGPROB_ERROR = 0.1 if ON_GPU else 1e-3
 
 
 def test_a_prompt_longer_than_the_device_pool_is_served_from_the_host(tiny: Tiny) -> None:
     prompt = [(11 * i) % 120 + 3 for i in range(300)]
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     with engine(tiny.path, **MODES["off"]) as core:
-        expected = generate(core, [prompt], params)
+        [expected] = generate(core, [prompt], params)
     with engine(tiny.path, **MODES["auto-chunked"]) as core:
-        assert generate(core, [prompt], params) == expected
+        [found] = generate(core, [prompt], params)
+        check_greedy(tiny.model, prompt, found, expected)
         assert core.stats().host_tokens_total > 0
 
 
@@ -71,6 +73,7 @@ def test_stop_ids_and_min_tokens(tiny: Tiny) -> None:
         assert not set(forced[:20]) & set(tokens)
 
 
+@pytest.mark.skipif(ON_GPU, reason="a GPU's matrix products round differently for other numbers of rows")
 @pytest.mark.parametrize("mode", ["off", "all", "auto-tight"])
 def test_a_seed_gives_the_same_tokens_whatever_else_runs(tiny: Tiny, mode: str) -> None:
     params = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, seed=1234, max_tokens=32, ignore_eos=True)
@@ -106,8 +109,10 @@ def test_logprobs_equal_transformers(tiny: Tiny, mode: str) -> None:
 def check_logprobs(item: TokenLogprobs, expected_V: torch.Tensor, token_id: int, num_top: int) -> None:
     """One position's log-probabilities against transformers'."""
     assert item.token_id == token_id
-    assert item.logprob == pytest.approx(expected_V[token_id].item(), abs=1e-3)
-    assert item.rank == int((expected_V > expected_V[token_id]).sum()) + 1
-    assert [token for token, _ in item.top] == expected_V.topk(num_top).indices.tolist()
+    assert item.logprob == pytest.approx(expected_V[token_id].item(), abs=LOGPROB_ERROR)
+    if not ON_GPU:
+        assert item.rank == int((expected_V > expected_V[token_id]).sum()) + 1
+        assert [token for token, _ in item.top] == expected_V.topk(num_top).indices.tolist()
+    assert len(item.top) == num_top
     for token, logprob in item.top:
-        assert logprob == pytest.approx(expected_V[token].item(), abs=1e-3)
+        assert logprob == pytest.approx(expected_V[token].item(), abs=LOGPROB_ERROR)

@@ -94,6 +94,17 @@ class ModelShape:
     max_position: int
     tied_embeddings: bool
 
+    @property
+    def pre_parameters(self) -> int:
+        """Values of one layer's q k v projection."""
+        return self.hidden_size * (self.num_query_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def layer_parameters(self) -> int:
+        """Values of one layer's matrices."""
+        post = self.hidden_size * (self.num_query_heads * self.head_dim + 3 * self.ffn_size)
+        return self.pre_parameters + post
+
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Bytes of K and V of one token over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]

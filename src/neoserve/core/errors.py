@@ -3,7 +3,8 @@
     NeoError
     ├── ConfigError               what was asked for cannot run; exit code 2, before anything is served
     │   ├── UnsupportedModelError   the checkpoint needs something NEO does not do
-    │   └── CheckpointError         the checkpoint's files are missing or do not fit together
+    │   ├── CheckpointError         the checkpoint's files are missing or do not fit together
+    │   └── HostMemoryError         the system does not give, or does not pin, the host tier's memory
     ├── InvalidRequestError       the request is wrong; HTTP 400
     │   └── RequestTooLongError     the request can never fit in the KV pools or the context
     ├── QueueFullError            too many requests are waiting; HTTP 429
@@ -28,6 +29,10 @@ class UnsupportedModelError(ConfigError):
 
 class CheckpointError(ConfigError):
     """The checkpoint's files are missing, damaged or do not fit its config."""
+
+
+class HostMemoryError(ConfigError):
+    """The system does not give, or does not pin, as much memory as the host tier asks for."""
 
 
 class InvalidRequestError(NeoError, ValueError):

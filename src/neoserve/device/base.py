@@ -9,16 +9,28 @@ The operations themselves (`Ops`) are defined a floor below, in `kernels/base.py
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
-from neoserve.kernels.base import Ops, PagedAttention, PagedBatch
+from neoserve.kernels.base import DecodePlans, Ops, PagedAttention, PagedBatch
 
-__all__ = ["Completion", "Device", "Exchange", "Flag", "Ops", "PagedAttention", "PagedBatch", "Transfer"]
+__all__ = [
+    "Completion",
+    "Copy",
+    "DecodePlans",
+    "Device",
+    "Exchange",
+    "Flag",
+    "Mark",
+    "Ops",
+    "PagedAttention",
+    "PagedBatch",
+    "Transfer",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +68,30 @@ class Exchange(Protocol):
         """Inside `submit`: later work of the compute stream waits until the copy back is done."""
 
 
+class Mark:
+    """A point in a stream's work; `Device.times_ns` says when the stream passed it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A copy of a hand-off, for who watches: its channel, "out" or "back", and where it begins and ends."""
+
+    channel: int
+    direction: Literal["out", "back"]
+    begin: Mark
+    end: Mark
+
+
 class Device(ABC):
-    """Where the model runs. Work is submitted in order to one compute stream and never waits on the caller."""
+    """Where the model runs. Work is submitted in order to one compute stream and never waits on the caller.
+
+    on_copy: while set, told of every copy of a hand-off; it costs marks, so only a trace sets it.
+    """
 
     torch_device: torch.device
     name: str
     ops: Ops
+    on_copy: Callable[[Copy], None] | None = None
 
     @abstractmethod
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -69,7 +99,7 @@ class Device(ABC):
 
     @abstractmethod
     def register(self, address: int, num_bytes: int) -> None:
-        """Let the device reach memory that the host allocated, until `close`. Raises `ConfigError` if it cannot."""
+        """Let the device reach memory that the host allocated, until `close`. Raises `HostMemoryError` if it cannot."""
 
     @abstractmethod
     def upload(self, array: np.ndarray) -> torch.Tensor:
@@ -84,6 +114,36 @@ class Device(ABC):
         """Run `work`, whose torch calls land on the compute stream, after all that was submitted before."""
 
     @abstractmethod
+    def submit_copies(self, work: Callable[[], None]) -> Completion:
+        """Run `work`, copies between the tiers, after all that was submitted before, beside what is submitted later.
+
+        What needs the copies calls `wait_for` first. May be called inside `submit`.
+        """
+
+    @abstractmethod
+    def wait_for(self, completion: Completion) -> None:
+        """Inside `submit`: later work of the compute stream waits, on the device, for what `submit_copies` began.
+
+        Raises what that work raised while it was enqueued.
+        """
+
+    @abstractmethod
+    def hold_exchanges(self, channel: int, completion: Completion) -> None:
+        """Inside `submit`: as `wait_for`, but it is the channel's later exchanges that wait."""
+
+    @abstractmethod
+    def record(self, work: Callable[[], None], group: int) -> Callable[[], None]:
+        """Inside `submit`: a closure that enqueues, each time it is called, what `work` would: the same kernels at the
+        same addresses, so whatever changes must lie in tensors that stay. `work` must have run once before.
+
+        What a recording leaves in tensors that `work` allocated is lost when another one of its `group` runs.
+        """
+
+    @abstractmethod
+    def synchronise(self) -> None:
+        """Block until all work is done, also what was enqueued outside `submit`."""
+
+    @abstractmethod
     def exchange(
         self, channel: int, outward: Transfer, ready: Flag, done: Flag, value: int, back: Transfer
     ) -> Exchange:
@@ -92,6 +152,14 @@ class Device(ABC):
 
         channel: 0 or 1; the exchanges of one channel happen in order, those of two channels independently.
         """
+
+    @abstractmethod
+    def mark(self) -> Mark:
+        """Inside `submit`: a point in the work of the stream that is current."""
+
+    @abstractmethod
+    def times_ns(self, marks: Sequence[Mark]) -> list[int]:
+        """When each mark was passed, in nanoseconds of the host's monotonic clock. Waits until the device is idle."""
 
     @abstractmethod
     def free_bytes(self) -> int:

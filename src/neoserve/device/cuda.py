@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from neoserve.core.config import DType, ModelShape
 from neoserve.core.errors import ConfigError
-from neoserve.device.base import Completion, Device, Exchange, Flag, Transfer
+from neoserve.device.base import Completion, Copy, Device, Exchange, Flag, Mark, Transfer
 from neoserve.device.driver import Driver
 from neoserve.device.registration import RegisteredMemory
 from neoserve.kernels.flashinfer_ops import FlashInferOps
@@ -20,6 +22,7 @@ logger = logging.getLogger(__name__)
 OLDEST_CAPABILITY = (7, 5)
 _BFLOAT16_CAPABILITY = (8, 0)
 _NUM_CHANNELS = 2
+_CLOCK_ATTEMPTS = 5
 
 
 class _Submitted:
@@ -42,6 +45,14 @@ class _Submitted:
         return float(self.start.elapsed_time(self.end)) * 1e3
 
 
+class _EventMark(Mark):
+    """An event on the stream that is current."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+
 class _Channel:
     """A stream for the hand-offs of one sub-batch, and the events that tie it to the compute stream."""
 
@@ -49,18 +60,22 @@ class _Channel:
         self.stream = torch.cuda.Stream(device)
         self.sent = torch.cuda.Event()
         self.back = torch.cuda.Event()
+        for event in (self.sent, self.back):
+            event.record(self.stream)  # torch makes an event when it is first recorded
 
 
 class _Exchange:
     """A hand-off on its way. It keeps the tensors until `finish`: the compute stream's allocator must not give their
     memory away while the channel still copies."""
 
-    def __init__(self, channel: _Channel, outward: Transfer, back: Transfer) -> None:
-        self._channel = channel
-        self._tensors = (outward, back)
+    def __init__(self, driver: Driver, compute: int, back: int, tensors: tuple[Transfer, Transfer]) -> None:
+        self._driver = driver
+        self._compute = compute
+        self._back = back
+        self._tensors = tensors
 
     def finish(self) -> None:
-        torch.cuda.current_stream().wait_event(self._channel.back)
+        self._driver.wait_event(self._compute, self._back)
 
 
 class CudaDevice(Device):
@@ -88,6 +103,7 @@ class CudaDevice(Device):
         self._channels = tuple(_Channel(self.torch_device) for _ in range(_NUM_CHANNELS))
         self._registered: list[RegisteredMemory] = []
         self._flag_addresses: dict[int, int] = {}
+        self._graph_pools: dict[int, Any] = {}
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
@@ -106,17 +122,38 @@ class CudaDevice(Device):
         return self._submit(self._compute, work)
 
     def submit_copies(self, work: Callable[[], None]) -> Completion:
-        """As `submit`, on the stream for copies, after all that was submitted to either stream before.
-
-        Work submitted later runs beside it; what needs its result calls `wait_for` first.
-        """
         self._copies.wait_stream(self._compute)
         return self._submit(self._copies, work)
 
     def wait_for(self, completion: Completion) -> None:
-        """Inside `submit`: later work of the stream waits, on the device, until `completion` is done."""
+        self._hold(self._compute, completion)
+
+    def hold_exchanges(self, channel: int, completion: Completion) -> None:
+        self._hold(self._channels[channel].stream, completion)
+
+    def _hold(self, stream: torch.cuda.Stream, completion: Completion) -> None:
         assert isinstance(completion, _Submitted)
-        torch.cuda.current_stream(self.torch_device).wait_event(completion.end)
+        if completion.error is not None:
+            raise completion.error
+        stream.wait_event(completion.end)
+
+    def record(self, work: Callable[[], None], group: int) -> Callable[[], None]:
+        """As `Device.record`, a CUDA graph; the recordings of a group share one pool of memory."""
+        if group not in self._graph_pools:
+            self._graph_pools[group] = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Not the context manager `torch.cuda.graph`: it collects garbage and empties the allocator's cache each time,
+        # which takes a hundred times as long as recording a layer.
+        graph.capture_begin(self._graph_pools[group], capture_error_mode="thread_local")
+        try:
+            work()
+        finally:
+            graph.capture_end()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def synchronise(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
 
     def _submit(self, stream: torch.cuda.Stream, work: Callable[[], None]) -> _Submitted:
         submitted = _Submitted()
@@ -133,16 +170,45 @@ class CudaDevice(Device):
         self, channel: int, outward: Transfer, ready: Flag, done: Flag, value: int, back: Transfer
     ) -> Exchange:
         """As `Device.exchange`; can be captured in a CUDA graph, which then keeps `value`."""
-        side = self._channels[channel]
-        side.sent.record()
-        side.stream.wait_event(side.sent)
-        with torch.cuda.stream(side.stream):
-            outward.target.copy_(outward.source, non_blocking=True)
-            self._driver.write_value(side.stream.cuda_stream, self._flag_address(ready), value)
-            self._driver.wait_value(side.stream.cuda_stream, self._flag_address(done), value)
-            back.target.copy_(back.source, non_blocking=True)
-            side.back.record()
-        return _Exchange(side, outward, back)
+        # By the driver: torch's ways to do the same take three times as long, twice a layer of every pipelined lap.
+        driver, side, compute = self._driver, self._channels[channel], self._compute.cuda_stream
+        stream = side.stream.cuda_stream
+        driver.record_event(side.sent.cuda_event, compute)
+        driver.wait_event(stream, side.sent.cuda_event)
+        self._copy(channel, "out", outward)
+        driver.write_value(stream, self._flag_address(ready), value)
+        driver.wait_value(stream, self._flag_address(done), value)
+        self._copy(channel, "back", back)
+        driver.record_event(side.back.cuda_event, stream)
+        return _Exchange(driver, compute, side.back.cuda_event, (outward, back))
+
+    def _copy(self, channel: int, direction: Literal["out", "back"], transfer: Transfer) -> None:
+        stream = self._channels[channel].stream
+        address = (transfer.target.data_ptr(), transfer.source.data_ptr())
+        if self.on_copy is None:
+            self._driver.copy(*address, _num_bytes(transfer), stream.cuda_stream)
+            return
+        with torch.cuda.stream(stream):
+            begin = self.mark()
+            self._driver.copy(*address, _num_bytes(transfer), stream.cuda_stream)
+            self.on_copy(Copy(channel, direction, begin, self.mark()))
+
+    def mark(self) -> Mark:
+        return _EventMark()
+
+    def times_ns(self, marks: Sequence[Mark]) -> list[int]:
+        """Counted back from an event that the host sees pass; of some attempts, the one that it saw soonest."""
+        anchors = []
+        for _ in range(_CLOCK_ATTEMPTS):
+            torch.cuda.synchronize(self.torch_device)
+            before_ns = time.monotonic_ns()
+            anchor = torch.cuda.Event(enable_timing=True)
+            anchor.record(self._compute)
+            anchor.synchronize()
+            after_ns = time.monotonic_ns()
+            anchors.append((after_ns - before_ns, after_ns, anchor))
+        _, now_ns, anchor = min(anchors, key=lambda attempt: attempt[0])
+        return [now_ns - round(mark.event.elapsed_time(anchor) * 1e6) for mark in marks if isinstance(mark, _EventMark)]
 
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.torch_device)[0]
@@ -151,7 +217,7 @@ class CudaDevice(Device):
         return torch.cuda.mem_get_info(self.torch_device)[1]
 
     def close(self) -> None:
-        torch.cuda.synchronize(self.torch_device)
+        self.synchronise()
         while self._registered:
             self._registered.pop().release()
 
@@ -159,6 +225,10 @@ class CudaDevice(Device):
         if flag.address not in self._flag_addresses:
             self._flag_addresses[flag.address] = self._driver.device_address(flag.address)
         return self._flag_addresses[flag.address]
+
+
+def _num_bytes(transfer: Transfer) -> int:
+    return transfer.source.numel() * transfer.source.element_size()
 
 
 def usable_dtype(dtype: DType, index: int = 0) -> DType:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import psutil
@@ -18,7 +20,7 @@ import torch
 
 from neoserve import _native
 from neoserve.core.errors import HostAttentionError
-from neoserve.device.base import Completion, Device, Exchange, Flag, Transfer
+from neoserve.device.base import Completion, Copy, Device, Exchange, Flag, Mark, Transfer
 from neoserve.kernels.reference import ReferenceOps
 
 
@@ -30,6 +32,16 @@ class _Work:
         self.finished = threading.Event()
         self.error: BaseException | None = None
         self.duration_us = 0.0
+
+    def do(self) -> None:
+        """Run the closure on the calling thread."""
+        start_s = time.perf_counter()
+        try:
+            self.run()
+        except BaseException as error:  # handed to whoever waits for the work
+            self.error = error
+        self.duration_us = (time.perf_counter() - start_s) * 1e6
+        self.finished.set()
 
     def wait(self) -> None:
         self.finished.wait()
@@ -44,18 +56,25 @@ class _Work:
 
 
 @dataclass(frozen=True, slots=True)
+class _TimeMark(Mark):
+    """When the stream's thread was there, in nanoseconds of the monotonic clock."""
+
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Exchange:
     """The way back, made when it is needed: a thread that is its own stream cannot wait beside itself."""
 
     done: Flag
     value: int
-    back: Transfer
     timeout_s: float
+    copy_back: Callable[[], None]
 
     def finish(self) -> None:
         if not _native.flag_wait(self.done.address, self.value, self.timeout_s):
             raise HostAttentionError(f"no worker raised the done flag to {self.value} within {self.timeout_s} s")
-        self.back.target.copy_(self.back.source)
+        self.copy_back()
 
 
 class ReferenceDevice(Device):
@@ -78,13 +97,7 @@ class ReferenceDevice(Device):
         torch.set_num_threads(num_threads)
         with torch.inference_mode():
             while (work := self._queue.get()) is not None:
-                start_s = time.perf_counter()
-                try:
-                    work.run()
-                except BaseException as error:  # handed to whoever waits for the work
-                    work.error = error
-                work.duration_us = (time.perf_counter() - start_s) * 1e6
-                work.finished.set()
+                work.do()
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -103,12 +116,45 @@ class ReferenceDevice(Device):
         self._queue.put(item)
         return item
 
+    def submit_copies(self, work: Callable[[], None]) -> Completion:
+        """In the order of the one stream: at once where it is the stream that submits."""
+        if threading.current_thread() is not self._thread:
+            return self.submit(work)
+        item = _Work(work)
+        item.do()
+        return item
+
+    def wait_for(self, completion: Completion) -> None:
+        completion.wait()
+
+    def hold_exchanges(self, channel: int, completion: Completion) -> None:
+        completion.wait()
+
+    def record(self, work: Callable[[], None], group: int) -> Callable[[], None]:
+        """The work itself: running it again is all there is to replay."""
+        return work
+
+    def synchronise(self) -> None:
+        self.submit(lambda: None).wait()
+
     def exchange(
         self, channel: int, outward: Transfer, ready: Flag, done: Flag, value: int, back: Transfer
     ) -> Exchange:
-        outward.target.copy_(outward.source)
+        self._copy(channel, "out", outward)
         _native.flag_raise(ready.address, value)
-        return _Exchange(done, value, back, self._flag_timeout_s)
+        return _Exchange(done, value, self._flag_timeout_s, partial(self._copy, channel, "back", back))
+
+    def _copy(self, channel: int, direction: Literal["out", "back"], transfer: Transfer) -> None:
+        begin = self.mark()
+        transfer.target.copy_(transfer.source)
+        if self.on_copy is not None:
+            self.on_copy(Copy(channel, direction, begin, self.mark()))
+
+    def mark(self) -> Mark:
+        return _TimeMark(time.monotonic_ns())
+
+    def times_ns(self, marks: Sequence[Mark]) -> list[int]:
+        return [mark.at_ns for mark in marks if isinstance(mark, _TimeMark)]
 
     def free_bytes(self) -> int:
         return int(psutil.virtual_memory().available)

@@ -10,7 +10,7 @@ import ctypes
 import logging
 from concurrent.futures import ThreadPoolExecutor
 
-from neoserve.core.errors import ConfigError
+from neoserve.core.errors import HostMemoryError
 from neoserve.device.driver import Driver, DriverError
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class RegisteredMemory:
     """A registered range of host memory. Kernels reach it at its own addresses, across chunks; a single copy by a
     copy engine stays within a chunk.
 
-    Raises `ConfigError`, with nothing left registered, when the system refuses to pin all of it.
+    Raises `HostMemoryError`, with nothing left registered, when the system refuses to pin all of it.
     """
 
     def __init__(self, driver: Driver, address: int, num_bytes: int) -> None:
@@ -58,7 +58,7 @@ class RegisteredMemory:
         if errors:
             pinned_gib = len(self._chunks) * _CHUNK_BYTES / 2**30
             self.release()
-            raise ConfigError(
+            raise HostMemoryError(
                 f"the system pinned {pinned_gib:.0f} GiB of the {num_bytes / 2**30:.1f} GiB of host memory asked for, "
                 f"then refused ({errors[0]}); ask for less with --host-memory or raise the limit of locked memory"
             )

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from neoserve import _native
 from neoserve.core.config import DType, EngineConfig, ModelShape
-from neoserve.core.errors import ConfigError
+from neoserve.core.errors import ConfigError, HostMemoryError
 from neoserve.device.base import Device
 from neoserve.engine.calibrate import cost_table
-from neoserve.engine.resolve import REFERENCE_DEVICE_FRACTION, resolve, share_cpus
+from neoserve.engine.memory import device_kv_bytes
+from neoserve.engine.resolve import Threads, batch_limits, resolve, share_cpus
 from neoserve.execution.executor import Executor
-from neoserve.models.checkpoint import open_checkpoint
+from neoserve.execution.graphs import num_recorded_laps
+from neoserve.models.checkpoint import Checkpoint, open_checkpoint
 from neoserve.models.decoder import Decoder
-from neoserve.models.weights import dummy_weights, load_weights
+from neoserve.models.weights import DecoderWeights, dummy_weights, load_weights
 from neoserve.scheduling.cost import CostModel
 from neoserve.scheduling.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,45 +39,100 @@ class Built:
     instruction_set: str
 
 
-def build(config: EngineConfig, progress: Callable[[str], None]) -> Built:
-    """Make an engine's parts; `progress` gets a line before each step that may take seconds."""
+def build(config: EngineConfig, progress: Callable[[str], None], weights: DecoderWeights | None = None) -> Built:
+    """Make an engine's parts; `progress` gets a line before each step that may take seconds.
+
+    weights: of an earlier engine for the same model, dtype and device, to share; loaded when there are none.
+    """
     checkpoint = open_checkpoint(config.model, config.revision, config.load_format)
     spec = checkpoint.spec
     kind = choose_device(config)
     dtype = choose_dtype(config, spec.dtype, kind)
     threads = share_cpus(config, kind, host_tier=config.offload != "off")
-    device = make_device(kind, spec.shape, dtype, config.block_size, threads.num_compute)
-    progress(f"loading weights ({dtype}) to {device.name}")
-    torch_dtype: torch.dtype = getattr(torch, dtype)
-    if checkpoint.path is None or config.load_format == "dummy":
-        weights = dummy_weights(spec, torch_dtype, device.torch_device, config.seed)
-    else:
-        weights = load_weights(spec, checkpoint.path, torch_dtype, device.torch_device)
-    resolved = resolve(
-        config,
-        spec.shape,
-        model_name=config.model or "embedded",
-        dtype=dtype,
-        device=kind,
-        device_kv_bytes=int(device.free_bytes() * REFERENCE_DEVICE_FRACTION),
-        threads=threads,
-    )
-    progress(
-        f"KV pools: device {resolved.device_blocks * resolved.block_size} tokens, "
-        f"host {resolved.host_blocks * resolved.block_size} tokens"
-    )
-    model = Decoder(spec, weights, device.ops, resolved.max_model_len)
-    executor = Executor(resolved, model, device)
+    try:
+        device = make_device(kind, spec.shape, dtype, config.block_size, threads.num_compute)
+        model = _load(config, checkpoint, dtype, device, progress, weights)
+        executor = _executor(config, kind, dtype, device, model, threads, progress)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"{config.model or 'the model'} in {dtype} does not fit the GPU ({str(error).split('. ')[0]}); "
+            "use a GPU with more memory, a smaller model, or lower --max-num-batched-tokens or --device-kv-tokens"
+        ) from error
+    progress("recording graphs")
+    if recorded := executor.record_graphs():
+        progress(recorded)
     progress("measuring what iterations cost")
     cost = CostModel(cost_table(executor), spec.shape)
     return Built(
         executor=executor,
-        scheduler=Scheduler(resolved, cost),
+        scheduler=Scheduler(executor.config, cost),
         checkpoint_path=str(checkpoint.path) if checkpoint.path is not None else None,
         eos_ids=spec.eos_ids,
         default_sampling=dict(spec.default_sampling),
-        instruction_set=_native.default_instruction_set() if resolved.host_blocks else "",
+        instruction_set=_native.default_instruction_set() if executor.config.host_blocks else "",
     )
+
+
+def _load(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    dtype: DType,
+    device: Device,
+    progress: Callable[[str], None],
+    weights: DecoderWeights | None,
+) -> Decoder:
+    """The model on the device, with `weights` if they are there already."""
+    spec = checkpoint.spec
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    if weights is None:
+        progress(f"loading weights ({dtype}) to {device.name}")
+        if checkpoint.path is None or config.load_format == "dummy":
+            weights = dummy_weights(spec, torch_dtype, device.torch_device, config.seed)
+        else:
+            weights = load_weights(spec, checkpoint.path, torch_dtype, device.torch_device)
+    # A pool may turn out to hold less; the table of rotations is small.
+    model = Decoder(spec, weights, device.ops, config.max_model_len)
+    device.synchronise()
+    return model
+
+
+def _executor(
+    config: EngineConfig,
+    kind: Literal["cuda", "reference"],
+    dtype: DType,
+    device: Device,
+    model: Decoder,
+    threads: Threads,
+    progress: Callable[[str], None],
+) -> Executor:
+    """The executor with both pools; without a host tier when the system refuses its memory and "auto" allows it."""
+    max_num_seqs, num_rows = batch_limits(config, kind)
+    num_recorded = 0 if config.enforce_eager else num_recorded_laps(max_num_seqs, num_rows, config.offload)
+    kv_bytes = device_kv_bytes(config, device, model, num_rows, num_recorded)
+
+    def make(asked: EngineConfig) -> Executor:
+        resolved = resolve(
+            asked,
+            model.shape,
+            model_name=config.model or "embedded",
+            dtype=dtype,
+            device=kind,
+            device_kv_bytes=kv_bytes,
+            threads=threads,
+        )
+        progress(
+            f"KV pools: device {resolved.device_blocks * resolved.block_size} tokens, "
+            f"host {resolved.host_blocks * resolved.block_size} tokens"
+        )
+        return Executor(resolved, model, device)
+
+    try:
+        return make(config)
+    except HostMemoryError as error:
+        if config.offload != "auto":
+            raise
+        logger.warning("running without a host tier: %s", error)
+    return make(replace(config, offload="off", host_memory_bytes=None))
 
 
 def choose_device(config: EngineConfig) -> Literal["cuda", "reference"]:
@@ -85,16 +145,20 @@ def choose_device(config: EngineConfig) -> Literal["cuda", "reference"]:
 
 
 def choose_dtype(config: EngineConfig, stored: DType, device: str) -> DType:
-    """The dtype that runs: what is asked for, else what the checkpoint is stored in."""
+    """The dtype that runs: what is asked for, else what the checkpoint is stored in, or bfloat16 where that is float32
+    and the device is a GPU, whose kernels have none."""
     names: dict[str, DType] = {"auto": stored, "float": "float32", "half": "float16"}
     for name in ("float32", "bfloat16", "float16"):
         names[name] = name
     chosen = names[config.dtype]
-    if device == "cuda":
-        from neoserve.device.cuda import usable_dtype
+    if device != "cuda":
+        return chosen
+    from neoserve.device.cuda import usable_dtype
 
-        return usable_dtype(chosen)
-    return chosen
+    if config.dtype == "auto" and chosen == "float32":
+        chosen = usable_dtype("bfloat16")
+        logger.info("the checkpoint is stored in float32, which the GPU's attention has not; running in %s", chosen)
+    return usable_dtype(chosen)
 
 
 def make_device(

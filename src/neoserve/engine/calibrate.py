@@ -15,10 +15,12 @@ import torch
 
 from neoserve import _native
 from neoserve.core.config import ResolvedConfig
-from neoserve.core.plan import Rows, Tier
-from neoserve.core.program import Op, Span, program
+from neoserve.core.plan import IterationPlan, Rows, SubBatch, Tier
+from neoserve.core.program import Span
+from neoserve.core.request import Request, SamplingParams
 from neoserve.device.base import PagedBatch
 from neoserve.execution.executor import Executor
+from neoserve.execution.head import GROUP_ROWS
 from neoserve.models.decoder import split_qkv
 from neoserve.scheduling.cost import CostTable, Curve
 
@@ -95,7 +97,7 @@ class Calibration:
             handoff_us=self._handoff_us(1, task_us),
             handoff_us_per_row=self._handoff_us_per_row(task_us, us_per_row),
             launch_us=self._launch_us(),
-            graph_launch_us=self._rough.graph_launch_us if self._config.device == "cuda" else 0.0,
+            graph_launch_us=self._graph_launch_us(),
             migration_us_per_token=self._migration_us_per_token(),
         )
 
@@ -119,12 +121,22 @@ class Calibration:
 
     def _random(self, *size: int) -> torch.Tensor:
         dtype: torch.dtype = getattr(torch, self._config.dtype)
-        return torch.randn(size, device=self._device.torch_device).to(dtype)
+        return self._made(lambda: torch.empty(size, dtype=dtype, device=self._device.torch_device).normal_())
+
+    def _zero_ids(self, num_rows: int) -> torch.Tensor:
+        """Positions, or token ids."""
+        return self._made(lambda: torch.zeros(num_rows, dtype=torch.int64, device=self._device.torch_device))
+
+    def _made(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A tensor made on the stream that will use it."""
+        made: list[torch.Tensor] = []
+        self._device.submit(lambda: made.append(make())).wait()
+        return made[0]
 
     def _linear_us(self, num_rows: int) -> float:
         x_TE = self._random(num_rows, self._shape.hidden_size)
         attn_THD = self._random(num_rows, self._shape.num_query_heads, self._shape.head_dim)
-        positions_T = torch.zeros(num_rows, dtype=torch.int64, device=self._device.torch_device)
+        positions_T = self._zero_ids(num_rows)
 
         def work() -> None:
             residual_TE = torch.zeros_like(x_TE)
@@ -138,12 +150,14 @@ class Calibration:
         x_TE = self._random(num_rows, self._shape.hidden_size)
 
         def work() -> None:
-            self._model.head(x_TE.clone(), x_TE.clone()).argmax(-1)
+            for first in range(0, num_rows, GROUP_ROWS):
+                group_BE = x_TE[first : first + GROUP_ROWS]
+                self._model.head(group_BE.clone(), group_BE.clone()).argmax(-1)
 
         return self._time_us(work)
 
     def _embed_us(self, num_rows: int) -> float:
-        ids_T = torch.zeros(num_rows, dtype=torch.int64, device=self._device.torch_device)
+        ids_T = self._zero_ids(num_rows)
 
         def work() -> None:
             self._model.embed(ids_T)
@@ -165,7 +179,7 @@ class Calibration:
         heads = self._shape.num_query_heads + 2 * self._shape.num_kv_heads
         qkv_TCD = self._random(batch.num_rows, heads, self._shape.head_dim)
         q_THD, k_TKD, v_TKD = split_qkv(qkv_TCD, self._shape)
-        out_THD = torch.empty_like(q_THD.contiguous())
+        out_THD = self._random(batch.num_rows, self._shape.num_query_heads, self._shape.head_dim)
         num_layers = min(len(kv_LN2KPD), MAX_LAYERS)
         planned = []
         self._device.submit(lambda: planned.append(self._device.ops.plan_attention(batch, decode=decode))).wait()
@@ -265,35 +279,57 @@ class Calibration:
         return max(0.0, more_us / (num_rows - 1))
 
     def _launch_us(self) -> float:
-        """Enqueueing one stage. The reference device does the work where it enqueues it, so there it costs nothing."""
-        if self._config.device != "cuda":
+        """Enqueueing one stage of a lap between whose layers another sub-batch's work stands, by what is recorded.
+
+        The reference device does the work where it enqueues it, so there it costs nothing.
+        """
+        num_steps = self._shape.num_layers + 1
+        # An iteration of one span that is not a whole lap goes stage by stage.
+        return self._enqueue_us(lap_steps=(num_steps - 1, num_steps)) / (3 * num_steps)
+
+    def _graph_launch_us(self) -> float:
+        """Enqueueing a whole lap of device decodes."""
+        return self._enqueue_us(lap_steps=(self._shape.num_layers + 1,))
+
+    def _enqueue_us(self, lap_steps: tuple[int, ...]) -> float:
+        """CPU time to launch a lap of one device decode, cut into iterations that stop at `lap_steps`."""
+        config = self._config
+        if config.device != "cuda" or not config.device_blocks:
             return 0.0
-        num_layers = self._shape.num_layers
-        stages = tuple(program(num_layers, (Span(0, 0, num_layers + 1, False),)))
-        num_linear = sum(stage.op in (Op.PRE, Op.POST) for stage in stages)
-        x_TE = self._random(1, self._shape.hidden_size)
-        attn_THD = self._random(1, self._shape.num_query_heads, self._shape.head_dim)
-        positions_T = torch.zeros(1, dtype=torch.int64, device=self._device.torch_device)
-
-        def work() -> None:
-            residual_TE = torch.zeros_like(x_TE)
-            for layer in self._model.layers:
-                layer.before_attention(x_TE, residual_TE, positions_T)
-                layer.after_attention(attn_THD, residual_TE)
-
-        self._device.submit(work).wait()
-        start_s = time.perf_counter()
-        completion = self._device.submit(work)
-        elapsed_us = (time.perf_counter() - start_s) * 1e6
-        completion.wait()
-        return elapsed_us / num_linear
+        request = Request("calibration", (0,), SamplingParams(temperature=0, max_tokens=2), (), 0.0)
+        self._executor.add(request)
+        block_ids = np.zeros(1, dtype=np.int32)
+        rows = Rows(request.request_id, 0, Tier.DEVICE, 1, 1, None, block_ids, (), True, 1)
+        times = []
+        for turn in range(REPEATS + 1):
+            sub_batch = SubBatch(0, turn, (), (rows,), ())
+            starts = (0, *lap_steps[:-1])
+            start_s = time.perf_counter()
+            launched = [
+                self._executor.launch(
+                    IterationPlan(
+                        iteration=turn,
+                        begins=(sub_batch,) if start == 0 else (),
+                        spans=(Span(0, start, stop, False),),
+                        ends=(sub_batch,) if stop == lap_steps[-1] else (),
+                        migrations=(),
+                        predicted_us=0.0,
+                    )
+                )
+                for start, stop in zip(starts, lap_steps, strict=True)
+            ]
+            times.append((time.perf_counter() - start_s) * 1e6)
+            for iteration in launched:
+                self._executor.collect(iteration)
+        self._executor.remove(request.request_id)
+        return statistics.median(times[1:])
 
     def _migration_us_per_token(self) -> float:
         config, store = self._config, self._executor.store
         num_blocks = min(64, config.host_blocks, config.device_blocks)
         if num_blocks == 0:
             return self._rough.migration_us_per_token
-        ids = torch.arange(num_blocks, device=self._device.torch_device)
+        ids = self._made(lambda: torch.arange(num_blocks, device=self._device.torch_device))
         copy = self._device.ops.blocks_to_host
         return self._time_us(lambda: copy(store.device_LN2KPD, ids, store.host_LNX, ids)) / (
             num_blocks * config.block_size

@@ -16,8 +16,11 @@ from neoserve.core.config import EngineConfig
 from neoserve.core.plan import IterationPlan, IterationResult
 from neoserve.core.request import Request, TokenEvent
 from neoserve.core.stats import EngineInfo, EngineStats
+from neoserve.device.base import Device
 from neoserve.engine.build import build
+from neoserve.engine.telemetry import Observer
 from neoserve.execution.executor import Launched
+from neoserve.models.weights import DecoderWeights
 
 PIPELINE_DEPTH = 2
 """Iterations launched and not yet committed: one that runs, one that is enqueued behind it."""
@@ -26,15 +29,23 @@ PIPELINE_DEPTH = 2
 class EngineCore:
     """Loads a model and generates tokens for requests. Not thread-safe: one caller drives it.
 
+    weights: those of an engine that was closed, for the same model, dtype and device, to use again.
+    observer: told of each iteration; `None` for nobody.
     Raises `ConfigError` and its kinds when what `config` asks for cannot run.
     """
 
-    def __init__(self, config: EngineConfig, progress: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        progress: Callable[[str], None] = lambda _: None,
+        weights: DecoderWeights | None = None,
+    ) -> None:
         start_s = time.perf_counter()
-        built = build(config, progress)
+        built = build(config, progress, weights)
         self._executor = built.executor
         self._scheduler = built.scheduler
         self._in_flight: deque[Launched] = deque()
+        self.observer: Observer | None = None
         self.info = EngineInfo(
             config=built.executor.config,
             checkpoint_path=built.checkpoint_path,
@@ -55,6 +66,16 @@ class EngineCore:
         """The host tier's workers; `None` without a host tier."""
         return self._executor.pool
 
+    @property
+    def device(self) -> Device:
+        """Where the model runs."""
+        return self._executor.device
+
+    @property
+    def weights(self) -> DecoderWeights:
+        """The model's weights, for an engine that comes after this one."""
+        return self._executor.model.weights
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises `RequestTooLongError` or `QueueFullError`."""
         self._scheduler.add(request)
@@ -69,7 +90,8 @@ class EngineCore:
         """Launch what can be launched, then commit the oldest iteration in flight if the pipeline is full."""
         plan = self._scheduler.plan_iteration()
         if plan is not None:
-            self._in_flight.append(self._executor.launch(plan))
+            on_stage = self.observer.launching(plan) if self.observer is not None else None
+            self._in_flight.append(self._executor.launch(plan, on_stage))
         if self._in_flight and (plan is None or len(self._in_flight) >= PIPELINE_DEPTH):
             return self._commit_oldest()
         return []
@@ -77,6 +99,8 @@ class EngineCore:
     def _commit_oldest(self) -> list[TokenEvent]:
         launched = self._in_flight.popleft()
         result = self._executor.collect(launched)
+        if self.observer is not None:
+            self.observer.collected(launched, result)
         failed = [(launched.plan, result)] if result.error is not None else []
         if failed:
             failed += [(other.plan, self._executor.collect(other)) for other in self._in_flight]

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import psutil
 import torch
 
 from neoserve import _native
 from neoserve.core.config import DType, EngineConfig, ModelShape, ResolvedConfig
 from neoserve.core.errors import ConfigError
+from neoserve.engine.memory import free_host_bytes
 
 DEFAULT_MAX_NUM_SEQS = 256
 DEFAULT_BATCHED_TOKENS = {"cuda": 2048, "reference": 512}
 HOST_MEMORY_FRACTION = {"cuda": 0.7, "reference": 0.25}
-REFERENCE_DEVICE_FRACTION = 0.25
 ENGINE_THREADS = 2
 """Threads of a GPU engine that are busy while the workers are: the loop, and the driver's."""
 
@@ -43,6 +42,18 @@ def share_cpus(config: EngineConfig, device: Literal["cuda", "reference"], host_
     return Threads(tuple(cpus[-num_workers:]), max(1, min(len(cpus) - num_workers, torch.get_num_threads())))
 
 
+def batch_limits(config: EngineConfig, device: Literal["cuda", "reference"]) -> tuple[int, int]:
+    """max_num_seqs and max_num_batched_tokens. Raises `ConfigError` when they do not go together."""
+    max_num_seqs = config.max_num_seqs or DEFAULT_MAX_NUM_SEQS
+    batched_tokens = config.max_num_batched_tokens or max(DEFAULT_BATCHED_TOKENS[device], max_num_seqs)
+    if batched_tokens < max_num_seqs:
+        raise ConfigError(
+            f"--max-num-batched-tokens is {batched_tokens}, less than --max-num-seqs ({max_num_seqs}): "
+            "each decoding sequence needs a row; raise the one or lower the other"
+        )
+    return max_num_seqs, batched_tokens
+
+
 def resolve(
     config: EngineConfig,
     shape: ModelShape,
@@ -58,13 +69,7 @@ def resolve(
     Raises `ConfigError` when what was asked for does not fit, saying what to change.
     """
     block_bytes = shape.kv_bytes_per_token(dtype) * config.block_size
-    max_num_seqs = config.max_num_seqs or DEFAULT_MAX_NUM_SEQS
-    batched_tokens = config.max_num_batched_tokens or max(DEFAULT_BATCHED_TOKENS[device], max_num_seqs)
-    if batched_tokens < max_num_seqs:
-        raise ConfigError(
-            f"--max-num-batched-tokens is {batched_tokens}, less than --max-num-seqs ({max_num_seqs}): "
-            "each decoding sequence needs a row; raise the one or lower the other"
-        )
+    max_num_seqs, batched_tokens = batch_limits(config, device)
     wanted_len = config.max_model_len or shape.max_position
     most_blocks = max_num_seqs * -(-wanted_len // config.block_size)
     host_blocks = _host_blocks(config, device, block_bytes, most_blocks)
@@ -99,7 +104,8 @@ def resolve(
         target_tpot_ms=config.target_tpot_ms,
         target_ttft_ms=config.target_ttft_ms,
         max_waiting=config.max_waiting,
-        enforce_eager=config.enforce_eager,
+        # The reference device does the work where it enqueues it: a recording saves nothing, its spare rows cost.
+        enforce_eager=config.enforce_eager or device == "reference",
     )
 
 
@@ -109,8 +115,7 @@ def _host_blocks(config: EngineConfig, device: str, block_bytes: int, most_block
     if config.host_memory_bytes is not None:
         blocks = config.host_memory_bytes // block_bytes
     else:
-        available = psutil.virtual_memory().available
-        blocks = min(int(available * HOST_MEMORY_FRACTION[device]) // block_bytes, most_blocks)
+        blocks = min(int(free_host_bytes() * HOST_MEMORY_FRACTION[device]) // block_bytes, most_blocks)
     if blocks == 0:
         raise ConfigError(
             f"the host tier has no room for one block of {block_bytes} bytes; raise --host-memory or use --offload off"
@@ -131,9 +136,10 @@ def _device_blocks(config: EngineConfig, block_bytes: int, free_bytes: int, most
                 f"--device-kv-tokens is {config.device_kv_tokens}, but the device has room for "
                 f"{room * config.block_size} tokens of KV; lower it or raise --gpu-memory-utilization"
             )
-    if blocks == 0:
+    if blocks <= 0:
         raise ConfigError(
-            f"the device has {free_bytes} bytes left for KV, less than one block of {block_bytes} bytes; "
-            "lower --max-model-len, raise --gpu-memory-utilization or use --offload all"
+            f"the device has {free_bytes / 2**30:.2f} GiB left for KV beside the model, less than one block of "
+            f"{block_bytes / 2**20:.2f} MiB; raise --gpu-memory-utilization, lower --max-num-batched-tokens or "
+            "--max-model-len, or use --offload all"
         )
     return blocks

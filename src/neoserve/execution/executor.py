@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -10,13 +11,15 @@ from neoserve import _native
 from neoserve.core.config import ResolvedConfig
 from neoserve.core.errors import HostAttentionError
 from neoserve.core.plan import IterationPlan, IterationResult
-from neoserve.core.program import program
+from neoserve.core.program import Span, Stage, program
 from neoserve.core.request import Request
 from neoserve.device.base import Completion, Device
+from neoserve.execution.graphs import Graphs
 from neoserve.execution.handoff import HandOff
-from neoserve.execution.issue import arm, issue
+from neoserve.execution.issue import OnStage, arm, issue
 from neoserve.execution.kv_store import KVStore
 from neoserve.execution.lap import Lap, Sequence, Workshop
+from neoserve.execution.moves import Moves
 from neoserve.execution.sampling import SamplingState
 from neoserve.models.decoder import Decoder
 
@@ -46,17 +49,25 @@ class Executor:
             self.pool = _native.WorkerPool(config.worker_cpus, deadline_s=config.host_deadline_s)
             attention = self.host_attention(self.pool)
             handoffs = tuple(HandOff(device, attention, config, channel) for channel in range(NUM_SUB_BATCHES))
+        last_ids_S = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device.torch_device)
         self._shop = Workshop(
             device=device,
             model=model,
             store=self.store,
             sampling=SamplingState(config.max_num_seqs, config.shape.vocab_size, device.torch_device, config.seed),
-            last_ids_S=torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device.torch_device),
+            last_ids_S=last_ids_S,
             handoffs=handoffs,
+            graphs=Graphs(device, model, self.store, last_ids_S, config),
             block_size=config.block_size,
         )
         self._sequences: dict[str, Sequence] = {}
         self._laps: dict[int, Lap] = {}
+        self._whole_lap = Span(0, 0, config.shape.num_layers + 1, False)
+        device.synchronise()  # everything above was enqueued outside `submit`
+
+    def record_graphs(self) -> str:
+        """Record what later iterations replay (seconds on a GPU); says what it took, "" for nothing to record."""
+        return self._shop.graphs.record()
 
     @property
     def handoffs(self) -> tuple[HandOff, ...]:
@@ -87,22 +98,33 @@ class Executor:
         """Forget a request; laps in flight keep what they need of it."""
         self._sequences.pop(request_id, None)
 
-    def launch(self, plan: IterationPlan) -> Launched:
+    def launch(self, plan: IterationPlan, on_stage: OnStage | None = None) -> Launched:
         """Arm the workers and enqueue the iteration, without waiting for anything."""
+        store, device = self.store, self.device
+        earlier = store.earlier_copies()
+        moves = Moves(plan.migrations, store.migrate(plan.migrations)) if plan.migrations else None
         for sub_batch in plan.begins:
-            self._laps[sub_batch.index] = Lap(self._shop, sub_batch, self._sequences)
+            self._laps[sub_batch.index] = Lap(self._shop, sub_batch, self._sequences, moves)
         laps = {span.sub_batch: self._laps[span.sub_batch] for span in plan.spans}
         for sub_batch in plan.ends:
             del self._laps[sub_batch.index]
-        stages = tuple(program(self.config.shape.num_layers, plan.spans))
-        arm(stages, laps)
+        lone_lap = laps[0] if plan.spans == (self._whole_lap,) else None
+        recording = lone_lap.recording() if lone_lap is not None else None
+        stages: tuple[Stage, ...] = ()
+        if recording is None:
+            stages = _stages(self.config.shape.num_layers, plan.spans)
+            arm(stages, laps)
 
         def work() -> None:
-            for migration in plan.migrations:
-                self.store.migrate(migration)
-            issue(stages, laps)
+            if earlier is not None:
+                device.wait_for(earlier)
+            if lone_lap is not None and recording is not None:
+                lone_lap.replay(recording)
+                lone_lap.head()
+            else:
+                issue(stages, laps, on_stage)
 
-        return Launched(plan, laps, self.device.submit(work))
+        return Launched(plan, laps, device.submit(work))
 
     def collect(self, launched: Launched) -> IterationResult:
         """Wait for an iteration and bring back what its ended laps sampled.
@@ -148,3 +170,9 @@ class Executor:
         if self.pool is not None:
             self.pool.close()
         self.device.close()
+
+
+@lru_cache(maxsize=64)
+def _stages(num_layers: int, spans: tuple[Span, ...]) -> tuple[Stage, ...]:
+    """The program of an iteration; most iterations have the one of the iteration before."""
+    return tuple(program(num_layers, spans))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from neoserve.core.program import Op, Stage
 from neoserve.execution.lap import Lap
+
+OnStage = Callable[[Stage | None], None]
+"""Told of each stage on the stream, before its work, and with `None` once there is no more."""
 
 
 def arm(stages: Iterable[Stage], laps: Mapping[int, Lap]) -> None:
@@ -15,9 +18,11 @@ def arm(stages: Iterable[Stage], laps: Mapping[int, Lap]) -> None:
             laps[stage.sub_batch].arm(stage.layer)
 
 
-def issue(stages: Iterable[Stage], laps: Mapping[int, Lap]) -> None:
+def issue(stages: Iterable[Stage], laps: Mapping[int, Lap], on_stage: OnStage | None = None) -> None:
     """Enqueue the stages in order. `laps` maps a sub-batch's index to its lap in flight. Runs on the stream."""
     for stage in stages:
+        if on_stage is not None:
+            on_stage(stage)
         lap = laps[stage.sub_batch]
         match stage.op:
             case Op.EMBED:
@@ -34,3 +39,5 @@ def issue(stages: Iterable[Stage], laps: Mapping[int, Lap]) -> None:
                 lap.post(stage.layer)
             case Op.HEAD:
                 lap.head()
+    if on_stage is not None:
+        on_stage(None)

@@ -1,25 +1,34 @@
 """The memory of both KV tiers and of the staging area, and the copies between them.
 
+Copies run beside the compute stream, after all that was enqueued when they were submitted, and in order among
+themselves. Whoever touches what a copy reads or writes waits for it; an iteration waits for the copies of all earlier
+ones (`earlier_copies`).
+
 Shape letters: L layers, N blocks, K kv heads, P tokens per block, D head dim, X = 2KPD values of a host block.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from neoserve import _native
 from neoserve.core.config import ResolvedConfig
+from neoserve.core.errors import HostMemoryError
 from neoserve.core.plan import Migration, Tier
-from neoserve.device.base import Device
+from neoserve.device.base import Completion, Device
 
 
 class KVStore:
     """Both pools as tensors.
 
-    device_LN2KPD: the device pool; its last block belongs to no one and takes the writes of padding rows.
+    device_LN2KPD: the device pool; its last block, `padding_block`, takes the writes of rows that belong to no one.
     staging_LN2KPD: two one-layer areas, used by even and odd layers in turn, in which prompts of HOST sequences attend.
     host_LNX: the host pool, in the layout of csrc/attention/attention.h; empty without a host tier.
+
+    Raises `HostMemoryError` when the system does not give the host pool, or does not let the device reach it.
     """
 
     def __init__(self, config: ResolvedConfig, device: Device) -> None:
@@ -27,25 +36,43 @@ class KVStore:
         dtype: torch.dtype = getattr(torch, config.dtype)
         block = (2, shape.num_kv_heads, config.block_size, shape.head_dim)
         self._device = device
-        self.device_LN2KPD = torch.zeros(
-            (shape.num_layers, config.device_blocks + 1, *block), dtype=dtype, device=device.torch_device
-        )
-        self.staging_LN2KPD = torch.zeros((2, config.staging_blocks, *block), dtype=dtype, device=device.torch_device)
+        self.num_layers = shape.num_layers
+        self.padding_block = config.device_blocks
         block_values = int(np.prod(block))
         num_values = shape.num_layers * config.host_blocks * block_values
-        self._host_memory = _native.HostMemory(max(1, num_values * dtype.itemsize))
+        self._host_memory = _host_memory(config, num_values * dtype.itemsize)
         if config.host_blocks:
             device.register(self._host_memory.address, self._host_memory.num_bytes)
         host = torch.from_numpy(self._host_memory.array())[: num_values * dtype.itemsize].view(dtype)
         self.host_LNX = host.view(shape.num_layers, config.host_blocks, block_values)
+        self.device_LN2KPD = torch.zeros(
+            (shape.num_layers, config.device_blocks + 1, *block), dtype=dtype, device=device.torch_device
+        )
+        self.staging_LN2KPD = torch.zeros((2, config.staging_blocks, *block), dtype=dtype, device=device.torch_device)
+        self._last_copy: Completion | None = None
+        self._area_stored: list[Completion | None] = [None, None]
 
     @property
     def host_address(self) -> int:
         """Where the host pool begins."""
         return self._host_memory.address
 
-    def migrate(self, migration: Migration) -> None:
-        """Enqueue the copy of one sequence's blocks, all layers, to the other tier."""
+    def earlier_copies(self) -> Completion | None:
+        """The last copy submitted since the last call, `None` without one; all others are done before it."""
+        copies, self._last_copy = self._last_copy, None
+        return copies
+
+    def migrate(self, migrations: Sequence[Migration]) -> Completion:
+        """Submit the copies of sequences' blocks, all layers, to their other tier."""
+
+        def work() -> None:
+            for migration in migrations:
+                self._migrate(migration)
+
+        self._last_copy = self._device.submit_copies(work)
+        return self._last_copy
+
+    def _migrate(self, migration: Migration) -> None:
         source = self._device.upload(np.asarray(migration.source_block_ids, dtype=np.int64))
         target = self._device.upload(np.asarray(migration.target_block_ids, dtype=np.int64))
         if migration.source is Tier.DEVICE:
@@ -57,14 +84,35 @@ class KVStore:
         """The staging area that `layer` uses, kv_N2KPD."""
         return self.staging_LN2KPD[layer % 2]
 
-    def load_staging(self, layer: int, host_block_ids: torch.Tensor, staging_block_ids: torch.Tensor) -> None:
-        """Bring one layer of earlier chunks' KV to the staging area."""
-        area = self.staging_LN2KPD[layer % 2].unsqueeze(0)
+    def wait_for_area(self, layer: int) -> None:
+        """On the stream: later work waits until what was in the layer's area has left it."""
+        stored = self._area_stored[layer % 2]
+        if stored is not None:
+            self._device.wait_for(stored)
+
+    def load_staging(self, layer: int, host_block_ids: torch.Tensor, staging_block_ids: torch.Tensor) -> Completion:
+        """Submit: bring one layer of earlier chunks' KV to its area."""
+        area = self.staging(layer).unsqueeze(0)
         host = self.host_LNX[layer : layer + 1]
-        self._device.ops.blocks_from_host(host, host_block_ids, area, staging_block_ids)
+        copy = self._device.ops.blocks_from_host
+        return self._device.submit_copies(lambda: copy(host, host_block_ids, area, staging_block_ids))
 
     def store_staging(self, layer: int, staging_block_ids: torch.Tensor, host_block_ids: torch.Tensor) -> None:
-        """Take one layer of a chunk's KV from the staging area to the host pool."""
-        area = self.staging_LN2KPD[layer % 2].unsqueeze(0)
+        """Submit: take one layer of a chunk's KV from its area to the host pool."""
+        area = self.staging(layer).unsqueeze(0)
         host = self.host_LNX[layer : layer + 1]
-        self._device.ops.blocks_to_host(area, staging_block_ids, host, host_block_ids)
+        copy = self._device.ops.blocks_to_host
+        stored = self._device.submit_copies(lambda: copy(area, staging_block_ids, host, host_block_ids))
+        self._last_copy = self._area_stored[layer % 2] = stored
+
+
+def _host_memory(config: ResolvedConfig, num_bytes: int) -> _native.HostMemory:
+    # A GPU pins the pages, which takes several times as long where they are not there yet.
+    touch_cpus = config.worker_cpus if config.device == "cuda" and num_bytes else ()
+    try:
+        return _native.HostMemory(max(1, num_bytes), touch_cpus=touch_cpus)
+    except MemoryError as error:
+        raise HostMemoryError(
+            f"the system does not give {num_bytes / 2**30:.1f} GiB for the host tier ({error}); "
+            "ask for less with --host-memory"
+        ) from error

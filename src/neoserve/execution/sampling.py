@@ -23,7 +23,7 @@ from neoserve.core.request import Request
 from neoserve.execution.noise import gumbel_noise, mix64, row_keys
 
 MIN_TEMPERATURE = 1e-5  # below it, dividing could overflow
-DRAW_ELEMENTS = 2**24  # rows are drawn in groups of about so many logits, to bound scratch memory at 512 MiB
+DRAW_ELEMENTS = 2**22  # rows are drawn in groups of about so many logits, to bound scratch memory at 128 MiB
 
 _SLOT = np.dtype(
     [

@@ -49,6 +49,19 @@ class PagedAttention(Protocol):
         """Causal attention of the rows over their sequences' KV, softmax scale D**-0.5, into `out_THD`."""
 
 
+class DecodePlans(Protocol):
+    """Decode plans that are made again in place, one for each number of sequences in `sizes` (growing): work that runs
+    one can be recorded, and serves every later batch. A plan overwrites the one before, in stream order."""
+
+    sizes: tuple[int, ...]
+
+    def bucket(self, num_sequences: int) -> PagedAttention:
+        """The plan of the smallest size that `num_sequences` fit in; raises ValueError when none does."""
+
+    def plan(self, batch: PagedBatch) -> PagedAttention:
+        """Plan `bucket(batch.num_sequences)` for a decode batch; rows that fill it up write to the padding block."""
+
+
 class Ops(ABC):
     """The operations of a decoder layer on one device. Tensors are on the device, in the model's dtype."""
 
@@ -76,6 +89,13 @@ class Ops(ABC):
     @abstractmethod
     def plan_attention(self, batch: PagedBatch, *, decode: bool) -> PagedAttention:
         """Plan attention for a lap. `decode` promises one row a sequence."""
+
+    @abstractmethod
+    def decode_plans(self, sizes: tuple[int, ...], max_blocks: int, padding_block: int) -> DecodePlans:
+        """Plans for recorded decode laps.
+
+        max_blocks: of all sequences of a batch together. padding_block: a block that belongs to no sequence.
+        """
 
     @abstractmethod
     def blocks_to_host(

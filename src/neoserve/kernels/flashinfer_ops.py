@@ -65,12 +65,7 @@ class FlashInferOps(Ops):
         weakref.finalize(attention, idle.append, planner)
         return attention
 
-    def decode_buckets(self, sizes: tuple[int, ...], max_blocks: int, padding_block: int) -> DecodeBuckets:
-        """Plans with fixed addresses for decode laps in CUDA graphs.
-
-        sizes: numbers of sequences, one graph each. max_blocks: of all sequences of a batch together.
-        padding_block: a block of the pool that belongs to no sequence; rows that fill a bucket up write to it.
-        """
+    def decode_plans(self, sizes: tuple[int, ...], max_blocks: int, padding_block: int) -> DecodeBuckets:
         return DecodeBuckets(self._geometry, self._workspace, sizes, max_blocks, padding_block)
 
     def blocks_to_host(

@@ -118,7 +118,7 @@ class PlannedAttention:
 
 
 class DecodeBuckets:
-    """Decode plans whose addresses and launch shapes never change, so that a CUDA graph can hold their runs.
+    """`kernels.base.DecodePlans`: addresses and launch shapes never change, so that a CUDA graph can hold the runs.
 
     One bucket for each number of sequences. All buckets lie in the same buffers: a plan overwrites the last one, in
     stream order, so one lap of a set is in flight at a time.

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from neoserve.kernels.base import Ops, PagedAttention, PagedBatch
+from neoserve.kernels.base import DecodePlans, Ops, PagedAttention, PagedBatch
+from neoserve.kernels.paged_arrays import pad_decode
 
 
 class ReferenceOps(Ops):
@@ -41,6 +42,9 @@ class ReferenceOps(Ops):
 
     def plan_attention(self, batch: PagedBatch, *, decode: bool) -> PagedAttention:
         return ReferenceAttention(batch)
+
+    def decode_plans(self, sizes: tuple[int, ...], max_blocks: int, padding_block: int) -> DecodePlans:
+        return ReferencePlans(sizes, padding_block)
 
     def blocks_to_host(
         self, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor
@@ -94,6 +98,45 @@ class ReferenceAttention:
             rows = slice(int(batch.row_start[index]), int(batch.row_start[index + 1]))
             blocks = slice(int(batch.block_start[index]), int(batch.block_start[index + 1]))
             out_THD[rows] = attend(q_THD[rows], kv_N2KPD, self._block_ids[blocks], length)
+
+
+class ReferenceBucket:
+    """A plan that is made again in place."""
+
+    def __init__(self) -> None:
+        self.planned = ReferenceAttention(_NO_ROWS)
+
+    def append(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_N2KPD: torch.Tensor) -> None:
+        self.planned.append(k_TKD, v_TKD, kv_N2KPD)
+
+    def run(self, q_THD: torch.Tensor, kv_N2KPD: torch.Tensor, out_THD: torch.Tensor) -> None:
+        self.planned.run(q_THD, kv_N2KPD, out_THD)
+
+
+class ReferencePlans:
+    """`kernels.base.DecodePlans`."""
+
+    def __init__(self, sizes: tuple[int, ...], padding_block: int) -> None:
+        self.sizes = tuple(sorted(sizes))
+        self._padding_block = padding_block
+        self._buckets = {size: ReferenceBucket() for size in self.sizes}
+
+    def bucket(self, num_sequences: int) -> ReferenceBucket:
+        return self._buckets[self._size(num_sequences)]
+
+    def plan(self, batch: PagedBatch) -> ReferenceBucket:
+        size = self._size(batch.num_sequences)
+        self._buckets[size].planned = ReferenceAttention(pad_decode(batch, size, self._padding_block))
+        return self._buckets[size]
+
+    def _size(self, num_sequences: int) -> int:
+        fitting = [size for size in self.sizes if size >= num_sequences]
+        if not fitting:
+            raise ValueError(f"{num_sequences} sequences; the largest bucket is {self.sizes[-1]}")
+        return fitting[0]
+
+
+_NO_ROWS = PagedBatch(*(np.zeros(size, dtype=np.int32) for size in (1, 1, 0, 0)))
 
 
 def attend(q_tHD: torch.Tensor, kv_N2KPD: torch.Tensor, block_ids_n: torch.Tensor, length: int) -> torch.Tensor:

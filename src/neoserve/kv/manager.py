@@ -136,11 +136,11 @@ class KVManager:
         """Whether a newcomer that holds `held` blocks now and at most `worst` later leaves the pool safe."""
         return self._ledgers[tier].is_safe_with(held, worst - held)
 
-    def fits_ahead(self, tier: Tier, held: int, worst: int, share: float, margin: int) -> bool:
+    def fits_ahead(self, tier: Tier, held: int, worst: int, share: float, margin: int = 0) -> bool:
         """Whether nobody will have to wait for a block if a newcomer enters, everyone grows at the same pace, and
         each leaves after `share` of its remaining need. Where this fails, a safe pool still works, but in turns.
 
-        margin: blocks to spare for each resident, as not all grow at the same moment.
+        margin: blocks to spare for each resident; negative: blocks that each may be short of.
         """
         ledger = self._ledgers[tier]
         residents = ledger.residents

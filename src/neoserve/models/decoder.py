@@ -78,7 +78,7 @@ class Decoder:
     def __init__(self, spec: ModelSpec, weights: DecoderWeights, ops: Ops, num_positions: int | None = None) -> None:
         self.shape = spec.shape
         self._norm_eps = spec.norm_eps
-        self._weights = weights
+        self.weights = weights
         self._ops = ops
         cache_PD = rope_cache(
             spec.rope, spec.shape.head_dim, num_positions or spec.shape.max_position, weights.embedding_VE.device
@@ -89,7 +89,7 @@ class Decoder:
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """x_TE of int32 or int64 token ids."""
-        return functional.embedding(token_ids_T, self._weights.embedding_VE)
+        return functional.embedding(token_ids_T, self.weights.embedding_VE)
 
     def head(
         self, x_TE: torch.Tensor, residual_TE: torch.Tensor, row_ids_B: torch.Tensor | None = None
@@ -98,8 +98,8 @@ class Decoder:
         the residual."""
         if row_ids_B is not None:
             x_TE, residual_TE = x_TE.index_select(0, row_ids_B), residual_TE.index_select(0, row_ids_B)
-        h_BE = self._ops.add_rms_norm(x_TE, residual_TE, self._weights.final_norm_E, self._norm_eps)
-        return functional.linear(h_BE, self._weights.head_VE).float()
+        h_BE = self._ops.add_rms_norm(x_TE, residual_TE, self.weights.final_norm_E, self._norm_eps)
+        return functional.linear(h_BE, self.weights.head_VE).float()
 
 
 def split_qkv(qkv_TCD: torch.Tensor, shape: ModelShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

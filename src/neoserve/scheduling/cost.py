@@ -80,7 +80,7 @@ class CostTable:
 
         value_bytes: of a weight or a KV value. device_gb_s, host_gb_s: read bandwidth. link_gb_s: between the two.
         """
-        parameters = _pre_parameters(shape) + _post_parameters(shape)
+        parameters = shape.layer_parameters
         token_bytes = 2 * shape.num_kv_heads * shape.head_dim * value_bytes
         qkv_bytes = (2 * shape.num_query_heads + 2 * shape.num_kv_heads) * shape.head_dim * value_bytes
         pair_flop = 4 * shape.num_query_heads * shape.head_dim
@@ -115,14 +115,6 @@ class CostTable:
         for name in ("linear", "head", "embed"):
             values[name] = Curve(tuple((x, y) for x, y in values[name]["points"]))
         return cls(**values)
-
-
-def _pre_parameters(shape: ModelShape) -> int:
-    return shape.hidden_size * (shape.num_query_heads + 2 * shape.num_kv_heads) * shape.head_dim
-
-
-def _post_parameters(shape: ModelShape) -> int:
-    return shape.hidden_size * (shape.num_query_heads * shape.head_dim + 3 * shape.ffn_size)
 
 
 def _matrix_curve(parameters: int, value_bytes: int, gb_s: float, tflop_s: float) -> Curve:
@@ -197,6 +189,13 @@ class Kind(enum.Enum):
     PIPELINED_DECODE = "pipelined decode"
     PIPELINED_PREFILL = "pipelined prefill"
 
+    @classmethod
+    def of(cls, *, pipelined: bool, prefill: bool) -> Kind:
+        """pipelined: host rows are attended to. prefill: some lap has rows of a prompt."""
+        if pipelined:
+            return cls.PIPELINED_PREFILL if prefill else cls.PIPELINED_DECODE
+        return cls.DEVICE_PREFILL if prefill else cls.DEVICE_DECODE
+
 
 @dataclass(frozen=True, slots=True)
 class Price:
@@ -225,8 +224,7 @@ class CostModel:
     def __init__(self, table: CostTable, shape: ModelShape) -> None:
         self.table = table
         self._num_layers = shape.num_layers
-        pre, post = _pre_parameters(shape), _post_parameters(shape)
-        self._pre_share = pre / (pre + post)
+        self._pre_share = shape.pre_parameters / shape.layer_parameters
         self._correction = dict.fromkeys(Kind, 1.0)
         self._costs_of = lru_cache(maxsize=64)(self.stage_costs)  # candidates of an iteration share most loads
         self._errors: deque[float] = deque(maxlen=self._WINDOW)
@@ -246,7 +244,10 @@ class CostModel:
             host_us += self._host_tasks(span) * costs[span.sub_batch].host_us
             launch_us += self._launch_us(span, loads[span.sub_batch])
         table_us = max(walk_us(self._num_layers, program_spans, *costs), host_us, launch_us)
-        kind = _kind(program_spans, loads)
+        kind = Kind.of(
+            pipelined=any(span.has_host for span in program_spans),
+            prefill=any(loads[span.sub_batch].prefill_rows for span in program_spans),
+        )
         return Price(kind, table_us * self._correction[kind], table_us, device_us, host_us, launch_us)
 
     def host_lap_us(self, load: Load) -> float:
@@ -323,10 +324,3 @@ class CostModel:
 
 
 _EMBED, _PRE, _ATTEND, _POST, _HEAD = (OPS.index(op) for op in (Op.EMBED, Op.PRE, Op.ATTEND, Op.POST, Op.HEAD))
-
-
-def _kind(spans: tuple[Span, ...], loads: Mapping[int, Load]) -> Kind:
-    prefill = any(loads[span.sub_batch].prefill_rows for span in spans)
-    if any(span.has_host for span in spans):
-        return Kind.PIPELINED_PREFILL if prefill else Kind.PIPELINED_DECODE
-    return Kind.DEVICE_PREFILL if prefill else Kind.DEVICE_DECODE

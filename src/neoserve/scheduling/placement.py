@@ -166,7 +166,12 @@ class Placement:
     def _is_too_full(self) -> bool:
         growing = self.kv.growth(Tier.DEVICE, 1)
         soon = growing * self._policy.pressure_growth_tokens // self._config.block_size
-        return self._available(Tier.DEVICE) < soon and not self._fits_ahead(Tier.DEVICE, 0, 0, margin=0)
+        return self._available(Tier.DEVICE) < soon and not self._lasts(Tier.DEVICE)
+
+    def _lasts(self, tier: Tier) -> bool:
+        """Whether a shortage is a matter of moments: even if all run as long as they may, they are short of a block
+        each at most, because some reach the end of a block before others end."""
+        return self.kv.fits_ahead(tier, 0, 0, share=1.0, margin=-1)
 
     def _worst_blocks(self, request: Request) -> int:
         """Blocks when it ends at its latest: the last token that it generates is never fed."""
@@ -181,15 +186,12 @@ class Placement:
         """Nobody waits there, it stays safe, and nobody is expected to have to wait."""
         if self._paused[tier] or not self.kv.can_enter(tier, held, worst):
             return False
-        return self._fits_ahead(tier, held, worst, margin=int(self._both))
-
-    def _fits_ahead(self, tier: Tier, held: int, worst: int, margin: int) -> bool:
         share = self._policy.expected_share
-        return self.kv.fits_ahead(tier, held, worst, self._share if share is None else share, margin)
+        return self.kv.fits_ahead(tier, held, worst, self._share if share is None else share)
 
     def _make_room(self, sequence: Sequence, running: Ordered[Sequence]) -> bool:
         """Find a block for a sequence whose pool has none to spare; whether it got it."""
-        if not self._both:
+        if not self._both or self._lasts(sequence.tier):
             return False
         if sequence.tier is Tier.HOST:
             self._try_migrate(sequence)

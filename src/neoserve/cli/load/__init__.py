@@ -1,0 +1,1 @@
+"""What the benchmarks that put load on an engine share."""

@@ -1,0 +1,64 @@
+"""The linear work of a lap: everything but attention, and the tensors that lie between the two.
+
+Shape letters: T rows, C = H + 2K heads of a fused qkv row, H query heads, D head dim, E model dim.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from neoserve.models.decoder import Decoder
+
+
+class Linear(Protocol):
+    """The linear work of one lap's rows, on the stream: `embed`, then `pre` and `post` of each layer in turn.
+
+    qkv_TCD: what `pre` made. attn_THD: where attention writes, and what `post` reads. x_TE, residual_TE: what the last
+    `post` left for the head, which may overwrite them.
+    """
+
+    @property
+    def qkv_TCD(self) -> torch.Tensor: ...
+
+    @property
+    def attn_THD(self) -> torch.Tensor: ...
+
+    @property
+    def x_TE(self) -> torch.Tensor: ...
+
+    @property
+    def residual_TE(self) -> torch.Tensor: ...
+
+    def embed(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> None:
+        """Begin with rows of these tokens (int64) at these positions (int64)."""
+
+    def pre(self, layer: int) -> None:
+        """Norm, q k v projection, rope."""
+
+    def post(self, layer: int) -> None:
+        """Output projection and MLP."""
+
+
+class EagerLinear:
+    """`Linear`, enqueued kernel by kernel, in tensors of the lap's own."""
+
+    def __init__(self, model: Decoder) -> None:
+        self._model = model
+        self._positions_T = torch.empty(0)
+        self.x_TE = self.residual_TE = self.qkv_TCD = self.attn_THD = torch.empty(0)
+
+    def embed(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> None:
+        shape = self._model.shape
+        self._positions_T = positions_T
+        self.x_TE = self._model.embed(token_ids_T)
+        self.attn_THD = self.x_TE.new_empty((len(token_ids_T), shape.num_query_heads, shape.head_dim))
+
+    def pre(self, layer: int) -> None:
+        residual_TE = self.residual_TE if layer else None
+        decoder_layer = self._model.layers[layer]
+        self.qkv_TCD, self.residual_TE = decoder_layer.before_attention(self.x_TE, residual_TE, self._positions_T)
+
+    def post(self, layer: int) -> None:
+        self.x_TE, self.residual_TE = self._model.layers[layer].after_attention(self.attn_THD, self.residual_TE)
