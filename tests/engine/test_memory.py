@@ -48,6 +48,6 @@ def test_auto_runs_without_a_host_tier_when_its_memory_is_refused(tiny: Tiny, ca
 
 
 def test_all_refuses_to_start_when_its_memory_is_refused(tiny: Tiny) -> None:
-    asked = engine(tiny.path, offload="all", host_memory_bytes=FAR_TOO_MUCH)
-    with pytest.raises(HostMemoryError, match="--host-memory"), asked:
+    refused = pytest.raises(HostMemoryError, match="--host-memory")
+    with refused, engine(tiny.path, offload="all", host_memory_bytes=FAR_TOO_MUCH):
         pass

@@ -175,7 +175,7 @@ class LapGraphs:
         return _bucket(sorted(self._laps), num_sequences) is not None
 
     def replay(self, batch: PagedBatch, slots_B: torch.Tensor, positions_B: torch.Tensor) -> Linear:
-        """Enqueue the lap of a decode batch whose sequences have `slots_B`; what it leaves for the HEAD."""
+        """Enqueue the lap of a decode batch, whose sequences' last ids lie in `slots_B`; what it leaves for HEAD."""
         num_sequences = batch.num_sequences
         size = _bucket(sorted(self._laps), num_sequences)
         assert size is not None, "ask `holds` first"
