@@ -24,10 +24,6 @@ logger = logging.getLogger(__name__)
 REFERENCE_DEVICE_FRACTION = 0.25
 FRAGMENT_BYTES = 2**28
 """What the allocator may lose between the largest lap and the mix of all others."""
-RECORDED_KERNEL_BYTES = 12 * 2**10
-"""Device memory of one kernel in a recording; a layer has about a dozen."""
-KERNELS_PER_LAYER = 12
-
 _CGROUP_FILES = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 
 
@@ -43,15 +39,14 @@ def free_host_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return free
 
 
-def device_kv_bytes(config: EngineConfig, device: Device, model: Decoder, num_rows: int, num_recordings: int) -> int:
+def device_kv_bytes(config: EngineConfig, device: Device, model: Decoder, num_rows: int, recorded_bytes: int) -> int:
     """What the device has for KV and staging, once the model is loaded.
 
-    num_rows: of the largest lap. num_recordings: of whole laps, by their kernels, that are still to come.
+    num_rows: of the largest lap. recorded_bytes: for recordings that are still to come.
     """
     if device.torch_device.type != "cuda":
         return int(device.free_bytes() * REFERENCE_DEVICE_FRACTION)
     lap_bytes = _largest_lap_bytes(config, device, model, num_rows)
-    recorded_bytes = num_recordings * model.shape.num_layers * KERNELS_PER_LAYER * RECORDED_KERNEL_BYTES
     total_bytes = device.total_bytes()
     used_bytes = total_bytes - device.free_bytes()
     ours = int(total_bytes * config.gpu_memory_utilization)
@@ -60,6 +55,12 @@ def device_kv_bytes(config: EngineConfig, device: Device, model: Decoder, num_ro
         *(count / 2**30 for count in (ours, total_bytes, used_bytes, lap_bytes, recorded_bytes)),
     )
     return ours - used_bytes - lap_bytes - recorded_bytes - FRAGMENT_BYTES
+
+
+def release_unused(device: Device) -> None:
+    """Give memory that only start-up took back to the GPU, so that it is there for any other size."""
+    if device.torch_device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _largest_lap_bytes(config: EngineConfig, device: Device, model: Decoder, num_rows: int) -> int:
