@@ -299,10 +299,11 @@ class Calibration:
         request = Request("calibration", (0,), SamplingParams(temperature=0, max_tokens=2), (), 0.0)
         self._executor.add(request)
         block_ids = np.zeros(1, dtype=np.int32)
-        rows = Rows(request.request_id, 0, Tier.DEVICE, 1, 1, None, block_ids, (), True, 1)
+        prompt = Rows(request.request_id, 0, Tier.DEVICE, 0, 1, (0,), block_ids, (), True, 0)
+        decode = Rows(request.request_id, 0, Tier.DEVICE, 1, 1, None, block_ids, (), True, 1)
         times = []
         for turn in range(REPEATS + 1):
-            sub_batch = SubBatch(0, turn, (), (rows,), ())
+            sub_batch = SubBatch(0, turn, (), (decode,), ()) if turn else SubBatch(0, turn, (prompt,), (), ())
             starts = (0, *lap_steps[:-1])
             start_s = time.perf_counter()
             launched = [

@@ -5,6 +5,8 @@ Shape letters: T rows, H query heads, D head dim, N blocks, K kv heads, P tokens
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from neoserve.device.base import Device, PagedBatch
 from neoserve.execution.head import GROUP_ROWS
 from neoserve.execution.sampling import Draw, draw
 from neoserve.models.decoder import Decoder, split_qkv
+
+logger = logging.getLogger(__name__)
 
 REFERENCE_DEVICE_FRACTION = 0.25
 FRAGMENT_BYTES = 2**28
@@ -51,16 +55,25 @@ def device_kv_bytes(config: EngineConfig, device: Device, model: Decoder, num_ro
     total_bytes = device.total_bytes()
     used_bytes = total_bytes - device.free_bytes()
     ours = int(total_bytes * config.gpu_memory_utilization)
+    logger.info(
+        "GPU memory in GiB: %.2f of %.2f for NEO; in use with the model %.2f, largest lap %.2f, graphs %.2f",
+        *(count / 2**30 for count in (ours, total_bytes, used_bytes, lap_bytes, recorded_bytes)),
+    )
     return ours - used_bytes - lap_bytes - recorded_bytes - FRAGMENT_BYTES
 
 
 def _largest_lap_bytes(config: EngineConfig, device: Device, model: Decoder, num_rows: int) -> int:
     """Run the parts of the largest lap, which also loads their kernels; the memory that the allocator took for it."""
+    parts = (lambda: _run_layers(config, device, model, num_rows), lambda: _run_head(device, model))
+    return max(_reserved_bytes(device, part) for part in parts)
+
+
+def _reserved_bytes(device: Device, work: Callable[[], None]) -> int:
+    """What the allocator takes from the GPU for `work`."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(device.torch_device)
     torch.cuda.reset_peak_memory_stats(device.torch_device)
-    device.submit(lambda: _run_layers(config, device, model, num_rows)).wait()
-    device.submit(lambda: _run_head(device, model)).wait()
+    device.submit(work).wait()
     peak = torch.cuda.max_memory_reserved(device.torch_device)
     torch.cuda.empty_cache()
     return peak - before

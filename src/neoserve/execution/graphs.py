@@ -29,7 +29,7 @@ from neoserve.models.decoder import Decoder, split_qkv
 
 logger = logging.getLogger(__name__)
 
-LAP_BUCKETS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
+LAP_BUCKETS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128)
 STAGE_BUCKETS = (8, 16, 32, 48, 64, 96, 128, 192, 256)
 """Rows beyond the largest keep a GPU busy for longer than it takes to enqueue them kernel by kernel."""
 MAX_RECORD_S = 25.0
@@ -175,7 +175,7 @@ class LapGraphs:
         return _bucket(sorted(self._laps), num_sequences) is not None
 
     def replay(self, batch: PagedBatch, slots_B: torch.Tensor, positions_B: torch.Tensor) -> Linear:
-        """Enqueue the lap of a decode batch, whose sequences' last ids lie in `slots_B`; what it leaves for HEAD."""
+        """Enqueue the lap of a decode batch whose sequences have `slots_B`; what it leaves for the HEAD."""
         num_sequences = batch.num_sequences
         size = _bucket(sorted(self._laps), num_sequences)
         assert size is not None, "ask `holds` first"
