@@ -17,11 +17,13 @@ from neoserve.device.base import Completion, Copy, Device, Exchange, Flag, Mark,
 from neoserve.device.driver import Driver
 from neoserve.device.registration import RegisteredMemory
 from neoserve.kernels.flashinfer_ops import FlashInferOps
+from neoserve.kernels.fused_ops import FusedOps
 
 logger = logging.getLogger(__name__)
 
 OLDEST_CAPABILITY = (7, 5)
 _BFLOAT16_CAPABILITY = (8, 0)
+_FUSED_CAPABILITY = (8, 0)
 _NUM_CHANNELS = 2
 _CLOCK_ATTEMPTS = 5
 
@@ -102,7 +104,8 @@ class CudaDevice(Device):
         torch.cuda.set_device(index)
         self.torch_device = torch.device("cuda", index)
         self.name = torch.cuda.get_device_name(index)
-        self.ops = FlashInferOps(shape, getattr(torch, dtype), block_size, self.torch_device)
+        ops = FusedOps if capability >= _FUSED_CAPABILITY else FlashInferOps
+        self.ops = ops(shape, getattr(torch, dtype), block_size, self.torch_device)
         self._driver = Driver()
         self._compute = torch.cuda.Stream(self.torch_device, priority=-1)
         self._copies = torch.cuda.Stream(self.torch_device)

@@ -99,8 +99,7 @@ def _run_layers(config: EngineConfig, device: Device, model: Decoder, num_rows: 
         qkv_TCD, residual_TE = layer.before_attention(x_TE, residual_TE, positions_T)
         attn_THD = x_TE.new_empty(batch.num_rows, shape.num_query_heads, shape.head_dim)
         q_THD, k_TKD, v_TKD = split_qkv(qkv_TCD, shape)
-        attention.append(k_TKD, v_TKD, kv_N2KPD)
-        attention.run(q_THD, kv_N2KPD, attn_THD)
+        attention.run(q_THD, k_TKD, v_TKD, kv_N2KPD, attn_THD)
         x_TE, residual_TE = layer.after_attention(attn_THD, residual_TE)
 
 
@@ -117,7 +116,7 @@ def _run_head(device: Device, model: Decoder) -> None:
     """A group of sampled rows whose draws sort the whole vocabulary."""
     torch_device = device.torch_device
     x_BE = model.embed(torch.zeros(GROUP_ROWS, dtype=torch.int64, device=torch_device))
-    logits_BV = model.head(x_BE, x_BE.clone())
+    logits_BV = model.head(x_BE)
     columns_B5 = torch.tensor([1.0, 1.0, -torch.inf, model.shape.vocab_size, 0.9], device=torch_device)
     keys_B = torch.zeros(GROUP_ROWS, dtype=torch.int64, device=torch_device)
     draw(logits_BV, Draw(keys_B, columns_B5.expand(GROUP_ROWS, 5), True, model.shape.vocab_size, False))

@@ -16,7 +16,7 @@ import torch
 
 from neoserve.kernels.base import PagedBatch
 from neoserve.kernels.flashinfer_setup import flashinfer
-from neoserve.kernels.paged_arrays import PagedArrays, buffer_size, fill, pad_decode, views
+from neoserve.kernels.paged_arrays import PagedArrays, bucket_size, buffer_size, fill, pad_decode, views
 
 _LAYOUT = "HND"
 _CUDA_CORE_GROUPS = (1, 2, 3)
@@ -112,10 +112,15 @@ class PlannedAttention:
         self._planner = planner
         self._arrays = arrays
 
-    def append(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_N2KPD: torch.Tensor) -> None:
+    def run(
+        self,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        kv_N2KPD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
         _append(self._arrays, k_TKD, v_TKD, kv_N2KPD)
-
-    def run(self, q_THD: torch.Tensor, kv_N2KPD: torch.Tensor, out_THD: torch.Tensor) -> None:
         self._planner.wrapper.run(q_THD, kv_N2KPD, out=out_THD)
 
 
@@ -153,10 +158,7 @@ class DecodeBuckets:
 
     def bucket(self, num_sequences: int) -> DecodeBucket:
         """The smallest bucket that `num_sequences` fit in; raises ValueError when none does."""
-        for size in self.sizes:
-            if size >= num_sequences:
-                return self._buckets[size]
-        raise ValueError(f"{num_sequences} sequences; the largest bucket is {self.sizes[-1]}")
+        return self._buckets[bucket_size(self.sizes, num_sequences)]
 
     def plan(self, batch: PagedBatch) -> DecodeBucket:
         """Plan the bucket that fits, in place, on the current stream."""
@@ -221,10 +223,15 @@ class DecodeBucket:
             self._wrapper.plan(*arguments, **dtypes)
             self._is_planned = True
 
-    def append(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_N2KPD: torch.Tensor) -> None:
+    def run(
+        self,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        kv_N2KPD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
         _append(self._arrays, k_TKD, v_TKD, kv_N2KPD)
-
-    def run(self, q_THD: torch.Tensor, kv_N2KPD: torch.Tensor, out_THD: torch.Tensor) -> None:
         self._wrapper.run(q_THD, kv_N2KPD, out=out_THD)
 
 
