@@ -55,12 +55,13 @@ bench: setup  ## measure attention on the CPU; ARGS="..." are passed on
 test: setup native-check  ## the whole suite that this machine can run
 	@$(BIN)/python -m pytest
 
-lint: $(VENV)/.package  ## ruff, mypy, the floors, clang-format
+lint: $(VENV)/.dependencies  ## ruff, mypy, the floors, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+	PYTHONPATH=src $(BIN)/lint-imports --config pyproject.toml
+	@echo 'clang-format of $(words $(CPP_SOURCES)) files'
+	@$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
 
 test-cuda: setup  ## the tests that need an NVIDIA GPU
 	@NEO_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/cuda tests/engine

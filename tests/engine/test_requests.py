@@ -12,7 +12,7 @@ from tests.engine.conftest import Tiny
 from tests.engine.driving import MODES, ON_GPU, check_greedy, engine, finish, generate, request
 
 PROMPT = [5, 9, 17, 4, 77, 21, 8]
-LOGPROB_ERROR = 0.1 if ON_GPU else 1e-3
+LOGPROB_ERROR = 0.25 if ON_GPU else 1e-3
 
 
 def test_a_prompt_longer_than_the_device_pool_is_served_from_the_host(tiny: Tiny) -> None:

@@ -14,10 +14,10 @@ from neoserve.core.config import DType, EngineConfig, ModelShape
 from neoserve.core.errors import ConfigError, HostMemoryError
 from neoserve.device.base import Device
 from neoserve.engine.calibrate import cost_table
-from neoserve.engine.memory import device_kv_bytes
+from neoserve.engine.memory import device_kv_bytes, release_unused
 from neoserve.engine.resolve import Threads, batch_limits, resolve, share_cpus
 from neoserve.execution.executor import Executor
-from neoserve.execution.graphs import num_recorded_laps
+from neoserve.execution.graphs import recorded_bytes
 from neoserve.models.checkpoint import Checkpoint, open_checkpoint
 from neoserve.models.decoder import Decoder
 from neoserve.models.weights import DecoderWeights, dummy_weights, load_weights
@@ -63,6 +63,7 @@ def build(config: EngineConfig, progress: Callable[[str], None], weights: Decode
         progress(recorded)
     progress("measuring what iterations cost")
     cost = CostModel(cost_table(executor), spec.shape)
+    release_unused(device)
     return Built(
         executor=executor,
         scheduler=Scheduler(executor.config, cost),
@@ -107,8 +108,10 @@ def _executor(
 ) -> Executor:
     """The executor with both pools; without a host tier when the system refuses its memory and "auto" allows it."""
     max_num_seqs, num_rows = batch_limits(config, kind)
-    num_recorded = 0 if config.enforce_eager else num_recorded_laps(max_num_seqs, num_rows, config.offload)
-    kv_bytes = device_kv_bytes(config, device, model, num_rows, num_recorded)
+    recorded = 0
+    if not config.enforce_eager:
+        recorded = recorded_bytes(model.shape, dtype, max_num_seqs, num_rows, config.offload)
+    kv_bytes = device_kv_bytes(config, device, model, num_rows, recorded)
 
     def make(asked: EngineConfig) -> Executor:
         resolved = resolve(

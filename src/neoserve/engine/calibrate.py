@@ -26,6 +26,9 @@ from neoserve.scheduling.cost import CostTable, Curve
 
 REPEATS = 5
 LINEAR_ROWS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+MAX_RECORDED_ROWS = 256
+_GROUP = 3
+"""Of the device's recordings; the engine's own have others."""
 MAX_LAYERS = 8
 """Layers that a linear measurement goes through: enough that none finds its weights in a cache."""
 
@@ -101,9 +104,13 @@ class Calibration:
             migration_us_per_token=self._migration_us_per_token(),
         )
 
-    def _time_us(self, work: Callable[[], None], repeats: int = REPEATS) -> float:
-        """Median time of `work` on the device, once warm."""
+    def _time_us(self, work: Callable[[], None], *, recorded: bool = False, repeats: int = REPEATS) -> float:
+        """Median time of `work` on the device, once warm; `recorded` for work that enqueueing would outlast."""
         self._device.submit(work).wait()
+        if recorded:
+            replays: list[Callable[[], None]] = []
+            self._device.submit(lambda: replays.append(self._device.record(work, _GROUP))).wait()
+            work = replays[0]
         times = []
         for _ in range(repeats):
             completion = self._device.submit(work)
@@ -144,7 +151,7 @@ class Calibration:
                 _, residual_TE = layer.before_attention(x_TE.clone(), residual_TE, positions_T)
                 layer.after_attention(attn_THD, residual_TE)
 
-        return self._time_us(work) / len(self._layers)
+        return self._time_us(work, recorded=num_rows <= MAX_RECORDED_ROWS) / len(self._layers)
 
     def _head_us(self, num_rows: int) -> float:
         x_TE = self._random(num_rows, self._shape.hidden_size)
@@ -187,7 +194,7 @@ class Calibration:
             for layer in range(num_layers):
                 planned[0].run(q_THD, k_TKD, v_TKD, kv_LN2KPD[layer], out_THD)
 
-        return self._time_us(work) / num_layers
+        return self._time_us(work, recorded=decode) / num_layers
 
     def _device_decode(self) -> tuple[float, float]:
         """Fixed cost, and cost of each KV token."""
@@ -297,10 +304,11 @@ class Calibration:
         request = Request("calibration", (0,), SamplingParams(temperature=0, max_tokens=2), (), 0.0)
         self._executor.add(request)
         block_ids = np.zeros(1, dtype=np.int32)
-        rows = Rows(request.request_id, 0, Tier.DEVICE, 1, 1, None, block_ids, (), True, 1)
+        prompt = Rows(request.request_id, 0, Tier.DEVICE, 0, 1, (0,), block_ids, (), True, 0)
+        decode = Rows(request.request_id, 0, Tier.DEVICE, 1, 1, None, block_ids, (), True, 1)
         times = []
         for turn in range(REPEATS + 1):
-            sub_batch = SubBatch(0, turn, (), (rows,), ())
+            sub_batch = SubBatch(0, turn, (), (decode,), ()) if turn else SubBatch(0, turn, (prompt,), (), ())
             starts = (0, *lap_steps[:-1])
             start_s = time.perf_counter()
             launched = [

@@ -5,6 +5,8 @@ Shape letters: T rows, H query heads, D head dim, N blocks, K kv heads, P tokens
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +19,11 @@ from neoserve.execution.head import GROUP_ROWS
 from neoserve.execution.sampling import Draw, draw
 from neoserve.models.decoder import Decoder, split_qkv
 
+logger = logging.getLogger(__name__)
+
 REFERENCE_DEVICE_FRACTION = 0.25
 FRAGMENT_BYTES = 2**28
 """What the allocator may lose between the largest lap and the mix of all others."""
-RECORDED_KERNEL_BYTES = 12 * 2**10
-"""Device memory of one kernel in a recording; a layer has about a dozen."""
-KERNELS_PER_LAYER = 12
-
 _CGROUP_FILES = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 
 
@@ -39,28 +39,42 @@ def free_host_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return free
 
 
-def device_kv_bytes(config: EngineConfig, device: Device, model: Decoder, num_rows: int, num_recordings: int) -> int:
+def device_kv_bytes(config: EngineConfig, device: Device, model: Decoder, num_rows: int, recorded_bytes: int) -> int:
     """What the device has for KV and staging, once the model is loaded.
 
-    num_rows: of the largest lap. num_recordings: of whole laps, by their kernels, that are still to come.
+    num_rows: of the largest lap. recorded_bytes: for recordings that are still to come.
     """
     if device.torch_device.type != "cuda":
         return int(device.free_bytes() * REFERENCE_DEVICE_FRACTION)
     lap_bytes = _largest_lap_bytes(config, device, model, num_rows)
-    recorded_bytes = num_recordings * model.shape.num_layers * KERNELS_PER_LAYER * RECORDED_KERNEL_BYTES
     total_bytes = device.total_bytes()
     used_bytes = total_bytes - device.free_bytes()
     ours = int(total_bytes * config.gpu_memory_utilization)
+    logger.info(
+        "GPU memory in GiB: %.2f of %.2f for NEO; in use with the model %.2f, largest lap %.2f, graphs %.2f",
+        *(count / 2**30 for count in (ours, total_bytes, used_bytes, lap_bytes, recorded_bytes)),
+    )
     return ours - used_bytes - lap_bytes - recorded_bytes - FRAGMENT_BYTES
+
+
+def release_unused(device: Device) -> None:
+    """Give memory that only start-up took back to the GPU, so that it is there for any other size."""
+    if device.torch_device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _largest_lap_bytes(config: EngineConfig, device: Device, model: Decoder, num_rows: int) -> int:
     """Run the parts of the largest lap, which also loads their kernels; the memory that the allocator took for it."""
+    parts = (lambda: _run_layers(config, device, model, num_rows), lambda: _run_head(device, model))
+    return max(_reserved_bytes(device, part) for part in parts)
+
+
+def _reserved_bytes(device: Device, work: Callable[[], None]) -> int:
+    """What the allocator takes from the GPU for `work`."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(device.torch_device)
     torch.cuda.reset_peak_memory_stats(device.torch_device)
-    device.submit(lambda: _run_layers(config, device, model, num_rows)).wait()
-    device.submit(lambda: _run_head(device, model)).wait()
+    device.submit(work).wait()
     peak = torch.cuda.max_memory_reserved(device.torch_device)
     torch.cuda.empty_cache()
     return peak - before

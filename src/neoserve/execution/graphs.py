@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from neoserve.core.config import OffloadMode, ResolvedConfig
+from neoserve.core.config import DTYPE_BYTES, ModelShape, OffloadMode, ResolvedConfig
 from neoserve.device.base import DecodePlans, Device, PagedBatch
 from neoserve.execution.kv_store import KVStore
 from neoserve.execution.linear import EagerLinear, Linear
@@ -29,12 +29,15 @@ from neoserve.models.decoder import Decoder, split_qkv
 
 logger = logging.getLogger(__name__)
 
-LAP_BUCKETS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
-STAGE_BUCKETS = (8, 16, 32, 48, 64, 96, 128, 192, 256)
+LAP_BUCKETS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128)
+STAGE_BUCKETS = (16, 32, 64, 96, 128, 192, 256)
 """Rows beyond the largest keep a GPU busy for longer than it takes to enqueue them kernel by kernel."""
 MAX_RECORD_S = 25.0
 MAX_RECORD_BYTES = 2**31
 
+_LAP_LAYER_BYTES = 120 * 2**10
+_STEP_BYTES = 170 * 2**10
+"""Memory that the driver takes for a layer in a recorded lap, and for a recorded step, on an H200."""
 _LAP_GROUP = 2
 """Of recordings that share memory; groups 0 and 1 are the sub-batches', whose steps alternate."""
 
@@ -175,7 +178,7 @@ class LapGraphs:
         return _bucket(sorted(self._laps), num_sequences) is not None
 
     def replay(self, batch: PagedBatch, slots_B: torch.Tensor, positions_B: torch.Tensor) -> Linear:
-        """Enqueue the lap of a decode batch, whose sequences' last ids lie in `slots_B`; what it leaves for the HEAD."""
+        """Enqueue the lap of a decode batch whose sequences have `slots_B`; what it leaves for the HEAD."""
         num_sequences = batch.num_sequences
         size = _bucket(sorted(self._laps), num_sequences)
         assert size is not None, "ask `holds` first"
@@ -247,10 +250,18 @@ class Graphs:
         return self._lap if self._lap is not None and self._lap.holds(num_sequences) else None
 
 
-def num_recorded_laps(max_num_seqs: int, max_num_rows: int, offload: OffloadMode) -> int:
-    """How many whole laps' kernels `Graphs` records."""
-    whole = len(_up_to(LAP_BUCKETS, max_num_seqs)) if offload != "all" else 0
-    return whole + (2 * len(_up_to(STAGE_BUCKETS, max_num_rows)) if offload != "off" else 0)
+def recorded_bytes(shape: ModelShape, dtype: str, max_num_seqs: int, max_num_rows: int, offload: OffloadMode) -> int:
+    """About what `Graphs.record` will take of the device's memory: the driver's part, measured, and the tensors."""
+    row_values = 2 * (2 * shape.num_query_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    row_bytes = (row_values + 3 * shape.ffn_size + 6 * shape.hidden_size) * DTYPE_BYTES[dtype]
+    num_bytes = 0
+    if offload != "all":
+        sizes = _up_to(LAP_BUCKETS, max_num_seqs)
+        num_bytes += len(sizes) * shape.num_layers * _LAP_LAYER_BYTES + sizes[-1] * row_bytes
+    if offload != "off":
+        sizes = _up_to(STAGE_BUCKETS, max_num_rows)
+        num_bytes += 2 * (len(sizes) * (shape.num_layers + 1) * _STEP_BYTES + sizes[-1] * row_bytes)
+    return num_bytes
 
 
 _NO_SEQUENCES = PagedBatch(*(np.zeros(size, dtype=np.int32) for size in (1, 1, 0, 0)))

@@ -165,6 +165,7 @@ class Lap:
         """RECV: attention output of the host rows is there."""
         assert self._exchange is not None
         self._exchange.finish()
+        self._exchange = None
 
     def post(self, layer: int) -> None:
         """POST: output projection and MLP."""
@@ -180,6 +181,8 @@ class Lap:
             shop.sampling,
             shop.last_ids_S,
         )
+        # The lap lives until its tokens are collected; its rows' memory is the next lap's.
+        self._linear = EagerLinear(shop.model)
 
     def tokens(self) -> tuple[SampledToken, ...]:
         """One entry for each `Rows` of the sub-batch, in order; the lap's work must be done."""

@@ -21,7 +21,7 @@ from neoserve.kernels.paged_arrays import PagedArrays, bucket_size, buffer_size,
 _LAYOUT = "HND"
 _CUDA_CORE_GROUPS = (1, 2, 3)
 """GQA groups that decode without tensor cores: they fill too little of a matrix tile."""
-_LARGEST_BUCKET = 256
+_LARGEST_BUCKET = 128
 """Sequences of the largest decode graph; what the workspace must hold partial results for."""
 _PREFILL_TILE = 128
 _INT_WORKSPACE_BYTES = 2**20
@@ -47,13 +47,15 @@ class PagedGeometry:
         """Memory for the partial results of split sequences, shared by all plans: their runs are in one stream.
 
         FlashInfer splits work into at most two thread blocks a multiprocessor, except that a captured decode counts
-        at least one for each sequence and kv head; each has fp32 results and a log-sum-exp for a tile of rows.
+        as many tiles as its rows could take, whatever sequences they belong to; each has fp32 results and a
+        log-sum-exp for a tile of rows.
         """
         properties = torch.cuda.get_device_properties(device)
         blocks = -(-2 * properties.multi_processor_count // self.num_kv_heads)
         group = self.num_query_heads // self.num_kv_heads
         decode_tile = 16 if group <= 16 and properties.major >= 8 else 64
-        rows = max(blocks * _PREFILL_TILE, max(blocks, _LARGEST_BUCKET) * decode_tile)
+        captured = -(-_LARGEST_BUCKET * group // decode_tile) + _LARGEST_BUCKET - 1
+        rows = max(blocks * _PREFILL_TILE, captured * decode_tile)
         num_bytes = 4 * rows * self.num_query_heads * (self.head_dim + 1) + 2**20
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
 
