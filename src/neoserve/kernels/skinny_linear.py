@@ -23,10 +23,10 @@ TILE_INPUTS = 128
 LARGEST_ROWS = 64
 _ROW_TILES = (16, 32, 64)
 _WARPS = 4
-SUMS_LATE = False
-GATED_LATE = False
 _FULL = 0.9
 """Share of the programs that fit at once which is as good as all."""
+_RESERVED_BYTES = 1024
+"""Shared memory of each program that the system takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,6 @@ class Multiprocessors:
         if program_bytes > self.program_shared_bytes:
             return 0
         return self.count * (self.shared_bytes // (program_bytes + _RESERVED_BYTES))
-
-
-_RESERVED_BYTES = 1024
-"""Shared memory of each program that the system takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +96,6 @@ def _partial_sums(  # type: ignore[no-untyped-def]
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    LATE: tl.constexpr,
 ):
     """Program (tile, split): out[split, :, tile] = weight[tile, inputs of split] x^T, transposed."""
     first_k = tl.program_id(1) * steps_per_split * TILE_K
@@ -108,8 +103,7 @@ def _partial_sums(  # type: ignore[no-untyped-def]
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     weight_rows = weight_ptr + n[:, None].to(tl.int64) * num_inputs
     if DEPENDENT:
-        if not LATE:
-            launch_dependents()
+        launch_dependents()
         wait_for_predecessor()
     row = tl.arange(0, ROWS)
     k = tl.arange(0, TILE_K)
@@ -121,8 +115,6 @@ def _partial_sums(  # type: ignore[no-untyped-def]
         weight = tl.load(weight_tile + step_k, eviction_policy="evict_first")
         x = tl.load(x_tile + step_k, mask=is_row, other=0.0)
         sums = tl.dot(weight, x, sums)
-    if DEPENDENT and LATE:
-        launch_dependents()
     out_rows = out_ptr + tl.program_id(1) * num_rows * num_outputs + row[None, :] * num_outputs
     tl.store(out_rows + n[:, None], sums, mask=is_row)
 
@@ -141,15 +133,13 @@ def _gated(  # type: ignore[no-untyped-def]
     TILE_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    LATE: tl.constexpr,
 ):
     """Program tile: out[:, tile] = silu(x gate^T) * (x up^T), of a weight whose first half of rows is the gate."""
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     gate_rows = weight_ptr + n[:, None].to(tl.int64) * num_inputs
     up_rows = gate_rows + num_outputs.to(tl.int64) * num_inputs
     if DEPENDENT:
-        if not LATE:
-            launch_dependents()
+        launch_dependents()
         wait_for_predecessor()
     row = tl.arange(0, ROWS)
     k = tl.arange(0, TILE_K)
@@ -163,8 +153,6 @@ def _gated(  # type: ignore[no-untyped-def]
         x = tl.load(x_tile + step_k, mask=is_row, other=0.0)
         gate = tl.dot(gate_weight, x, gate)
         up = tl.dot(up_weight, x, up)
-    if DEPENDENT and LATE:
-        launch_dependents()
     if HAS_BIAS:
         gate += tl.load(bias_ptr + n)[:, None].to(tl.float32)
         up += tl.load(bias_ptr + num_outputs + n)[:, None].to(tl.float32)
@@ -178,7 +166,7 @@ def row_tile(num_rows: int) -> int:
 
 
 def partial_sums(x_TK: torch.Tensor, weight_NK: torch.Tensor, split: Split, *, dependent: bool) -> torch.Tensor:
-    """fp32 `out_STN` whose sum over S is `x @ weight.T`."""
+    """fp32 `out_STN` whose sum over S is `x @ weight.T`, of contiguous tensors that `fits` accepts."""
     num_rows, num_inputs = x_TK.shape
     num_outputs = weight_NK.shape[0]
     num_splits = triton.cdiv(num_inputs, split.inputs)
@@ -195,7 +183,6 @@ def partial_sums(x_TK: torch.Tensor, weight_NK: torch.Tensor, split: Split, *, d
         TILE_N=TILE_OUTPUTS,
         TILE_K=TILE_INPUTS,
         DEPENDENT=dependent,
-        LATE=SUMS_LATE,
         num_warps=_WARPS,
         num_stages=split.stages,
         launch_pdl=dependent,
@@ -206,7 +193,10 @@ def partial_sums(x_TK: torch.Tensor, weight_NK: torch.Tensor, split: Split, *, d
 def gated(
     x_TE: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gpu: Multiprocessors, *, dependent: bool
 ) -> torch.Tensor:
-    """`silu(x @ gate.T) * (x @ up.T)`, where gate is the first half of weight's rows; with their biases."""
+    """`silu(x @ gate.T) * (x @ up.T)`, where gate is the first half of weight's rows; with their biases.
+
+    Contiguous tensors, whose halves `fits` accepts. Two programs a multiprocessor hide each other's beginnings.
+    """
     num_rows, num_inputs = x_TE.shape
     num_outputs = weight.shape[0] // 2
     stage_bytes = _stage_bytes(num_rows, 2 * TILE_OUTPUTS)
@@ -224,7 +214,6 @@ def gated(
         TILE_K=TILE_INPUTS,
         HAS_BIAS=bias is not None,
         DEPENDENT=dependent,
-        LATE=GATED_LATE,
         num_warps=_WARPS,
         num_stages=3 if gpu.programs(3 * stage_bytes) >= 2 * gpu.count else 2,
         launch_pdl=dependent,
