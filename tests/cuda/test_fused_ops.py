@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from neoserve.kernels.base import Heads, Norm
+from neoserve.kernels.base import Heads
 from neoserve.kernels.fused_ops import FusedOps
 
 from .conftest import attention_shape
@@ -47,8 +47,7 @@ def test_linear_add_rms_norm(dtype: torch.dtype, rows: int, size: tuple[int, int
     bias = random(size[0], dtype=dtype) if has_bias else None
     residual, norm_weight = random(rows, size[0], dtype=dtype), random(size[0], dtype=dtype)
     total = residual.float() + linear(x, weight, bias)
-    norm = Norm(norm_weight, 1e-5, random(1024, 512, dtype=dtype))
-    found = make_ops(dtype).linear_add_rms_norm(x, weight, bias, residual, norm)
+    found = make_ops(dtype).linear_add_rms_norm(x, weight, bias, residual, norm_weight, 1e-5)
     assert error(residual, total) < TOLERANCE[dtype]
     assert error(found, normed(total, norm_weight, 1e-5)) < TOLERANCE[dtype]
 
@@ -90,7 +89,7 @@ def test_linear_heads(
     cos, sin = cache[positions].unsqueeze(1).chunk(2, dim=-1)
     first, second = expected[:, :num_rotated].chunk(2, dim=-1)
     expected[:, :num_rotated] = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    made_of = Heads(num_query_heads, num_kv_heads, norms, 1e-6, cache, random(256, 512, dtype=dtype))
+    made_of = Heads(num_query_heads, num_kv_heads, norms, 1e-6, cache)
     found = make_ops(dtype).linear_heads(x, weight, bias, made_of, positions)
     assert found.is_contiguous()
     assert error(found, expected) < TOLERANCE[dtype]
@@ -118,7 +117,7 @@ def test_a_captured_chain_gives_the_same_bits_each_time_and_follows_its_input() 
         x, residual = start, residual_start.clone()
         for weight, gate in zip(weights, gates, strict=True):
             h = ops.linear_silu_and_mul(x, gate, None)
-            x = ops.linear_add_rms_norm(h, weight, None, residual, Norm(norm_weight, 1e-5, gate))
+            x = ops.linear_add_rms_norm(h, weight, None, residual, norm_weight, 1e-5)
         return x
 
     eager = chain()

@@ -9,16 +9,20 @@ import torch
 from neoserve.core.errors import ConfigError, UnsupportedModelError
 from neoserve.kernels.base import PagedBatch
 from neoserve.kernels.flashinfer_ops import FlashInferOps
+from neoserve.kernels.fused_ops import FusedOps
 
 from .conftest import attention_shape
 
 DEVICE = torch.device("cuda", 0)
 DTYPES = [torch.float16] + ([torch.bfloat16] if torch.cuda.get_device_capability(0) >= (8, 0) else [])
+KINDS = [FlashInferOps] + ([FusedOps] if torch.cuda.get_device_capability(0) >= (8, 0) else [])
 HEADS = [(64, 8, 128), (32, 32, 128), (32, 8, 64), (28, 4, 128), (8, 1, 256), (12, 6, 64), (16, 16, 256), (40, 1, 128)]
 
 
-def make_ops(heads: tuple[int, int, int], dtype: torch.dtype, block_size: int = 16) -> FlashInferOps:
-    return FlashInferOps(attention_shape(*heads), dtype, block_size, DEVICE)
+def make_ops(
+    heads: tuple[int, int, int], dtype: torch.dtype, block_size: int = 16, kind: type[FlashInferOps] = FlashInferOps
+) -> FlashInferOps:
+    return kind(attention_shape(*heads), dtype, block_size, DEVICE)
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -127,8 +131,11 @@ def test_silu_and_mul(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("decode", [True, False])
-def test_append_and_attention(dtype: torch.dtype, heads: tuple[int, int, int], decode: bool) -> None:
-    ops = make_ops(heads, dtype)
+@pytest.mark.parametrize("kind", KINDS)
+def test_append_and_attention(
+    kind: type[FlashInferOps], dtype: torch.dtype, heads: tuple[int, int, int], decode: bool
+) -> None:
+    ops = make_ops(heads, dtype, kind=kind)
     lengths = [1, 16, 17, 500, 1023]
     counts = [1] * 5 if decode else [1, 16, 5, 500, 130]
     batch = random_batch(lengths, counts, 16, 128)
@@ -145,9 +152,10 @@ def test_append_and_attention(dtype: torch.dtype, heads: tuple[int, int, int], d
     assert error(out, expected_attention(q, kv, batch)) < 5e-3
 
 
-def test_plans_in_flight_together_keep_their_own_batches() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_plans_in_flight_together_keep_their_own_batches(kind: type[FlashInferOps]) -> None:
     heads, dtype = (32, 8, 128), DTYPES[-1]
-    ops = make_ops(heads, dtype)
+    ops = make_ops(heads, dtype, kind=kind)
     kv = torch.randn(600, 2, 8, 16, 128, device=DEVICE).to(dtype)
     batches = [random_batch([100 * n + 7] * n, [1] * n, 16, 600) for n in (1, 2, 3, 9)]
     for _ in range(2):
@@ -160,10 +168,13 @@ def test_plans_in_flight_together_keep_their_own_batches() -> None:
         del plans, plan
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", [(64, 8, 128), (32, 32, 128), (28, 4, 128)])
-def test_a_captured_bucket_serves_batches_that_grow_and_shrink(heads: tuple[int, int, int]) -> None:
+def test_a_captured_bucket_serves_batches_that_grow_and_shrink(
+    kind: type[FlashInferOps], heads: tuple[int, int, int]
+) -> None:
     dtype = DTYPES[-1]
-    ops = make_ops(heads, dtype)
+    ops = make_ops(heads, dtype, kind=kind)
     num_blocks = 2000
     kv = torch.randn(num_blocks + 1, 2, heads[1], 16, heads[2], device=DEVICE).to(dtype)
     buckets = ops.decode_plans((4, 16), max_blocks=num_blocks, padding_block=num_blocks)
@@ -188,8 +199,9 @@ def test_a_captured_bucket_serves_batches_that_grow_and_shrink(heads: tuple[int,
         assert torch.equal(newest_k[:, -1], static[0, heads[0] : heads[0] + heads[1]].float())
 
 
-def test_buckets_refuse_what_does_not_fit() -> None:
-    buckets = make_ops((32, 8, 128), torch.float16).decode_plans((2,), max_blocks=8, padding_block=100)
+@pytest.mark.parametrize("kind", KINDS)
+def test_buckets_refuse_what_does_not_fit(kind: type[FlashInferOps]) -> None:
+    buckets = make_ops((32, 8, 128), torch.float16, kind=kind).decode_plans((2,), max_blocks=8, padding_block=100)
     with pytest.raises(ValueError, match="largest bucket is 2"):
         buckets.plan(random_batch([1, 1, 1], [1, 1, 1], 16, 100))
     with pytest.raises(ValueError, match="blocks"):

@@ -74,7 +74,6 @@ class Heads:
     """What makes q, k and v of fused rows: H query heads, K kv heads, their norms if any, and rope.
 
     norms: weights [D] of the q heads' norm and of the k heads', `None` without. cache_PD: as of `Ops.rope`.
-    next_weight: of the linear layer that comes after attention, which a device may fetch ahead.
     """
 
     num_query_heads: int
@@ -82,22 +81,12 @@ class Heads:
     norms: tuple[torch.Tensor, torch.Tensor] | None
     norm_eps: float
     cache_PD: torch.Tensor
-    next_weight: torch.Tensor
 
     def split(self, qkv_TCD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Views q_THD, k_TKD and v_TKD of fused rows."""
         sizes = [self.num_query_heads, self.num_kv_heads, self.num_kv_heads]
         q_THD, k_TKD, v_TKD = torch.split(qkv_TCD, sizes, dim=-2)
         return q_THD, k_TKD, v_TKD
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """An RMS norm. next_weight: of the linear layer that reads its result, which a device may fetch ahead."""
-
-    weight_E: torch.Tensor
-    eps: float
-    next_weight: torch.Tensor
 
 
 class Ops(ABC):
@@ -131,10 +120,11 @@ class Ops(ABC):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         residual_TE: torch.Tensor,
-        norm: Norm,
+        norm_E: torch.Tensor,
+        eps: float,
     ) -> torch.Tensor:
         """residual += linear(x) in place; returns rms_norm(residual)."""
-        return self.add_rms_norm(functional.linear(x_TF, weight, bias), residual_TE, norm.weight_E, norm.eps)
+        return self.add_rms_norm(functional.linear(x_TF, weight, bias), residual_TE, norm_E, eps)
 
     def linear_silu_and_mul(self, x_TE: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """silu_and_mul(linear(x))."""

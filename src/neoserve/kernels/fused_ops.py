@@ -1,8 +1,7 @@
 """The operations of a decoder layer on an NVIDIA GPU, with kernels of our own for laps of few rows.
 
-Linear layers of few rows leave partial sums that the operation after them adds up, and small kernels fetch the
-beginning of the next weight meanwhile (`skinny_linear`, `row_kernels`). Laps of more rows, and sizes that the kernels
-cannot tile, take FlashInfer and cuBLAS.
+Linear layers of few rows leave partial sums that the operation after them adds up (`skinny_linear`, `row_kernels`).
+More rows, and sizes that the kernels cannot tile, take cuBLAS and FlashInfer, as do prompts' attention and norms.
 
 Shape letters: T rows, E model dim, F ffn dim, V vocabulary, C fused heads, D head dim.
 """
@@ -12,15 +11,16 @@ from __future__ import annotations
 import torch
 
 from neoserve.core.config import ModelShape
-from neoserve.kernels.base import DecodePlans, Heads, Norm, PagedAttention, PagedBatch
+from neoserve.kernels.base import DecodePlans, Heads, PagedAttention, PagedBatch
 from neoserve.kernels.decode_attention import DecodeAttention, FusedDecodePlans
 from neoserve.kernels.decode_plans import DecodePlanBuffer, planned
 from neoserve.kernels.flashinfer_ops import FlashInferOps
-from neoserve.kernels.row_kernels import Ahead, add_norm, ahead, rope_heads
+from neoserve.kernels.row_kernels import add_norm, rope_heads
 from neoserve.kernels.skinny_linear import Multiprocessors, fits, gated, partial_sums, split
 
 _DEPENDENT_LAUNCH_MAJOR = 9
-_CHUNKS_PER_MULTIPROCESSOR = 4
+_ATTENTION_PROGRAMS = 4
+"""Of a multiprocessor at once."""
 
 
 class FusedOps(FlashInferOps):
@@ -48,8 +48,9 @@ class FusedOps(FlashInferOps):
         return FusedDecodePlans(sizes, buffer, dependent=self._dependent)
 
     def _num_chunks(self, num_sequences: int) -> int:
-        """So many that every multiprocessor has some, also where each sequence's last is a short one."""
-        return num_sequences + _CHUNKS_PER_MULTIPROCESSOR * self._gpu.count // self._geometry.num_kv_heads
+        """So many that their programs all run at once; of many sequences two each, so that long ones can have more."""
+        at_once = _ATTENTION_PROGRAMS * self._gpu.count // self._geometry.num_kv_heads
+        return max(at_once, 2 * num_sequences)
 
     def linear_heads(
         self,
@@ -62,8 +63,7 @@ class FusedOps(FlashInferOps):
         if not fits(len(x_TE), *weight.shape):
             return super().linear_heads(x_TE, weight, bias, heads, positions_T)
         partials = self._partial_sums(x_TE, weight)
-        then = self._ahead(len(x_TE), heads.next_weight)
-        return rope_heads(partials, bias, heads, positions_T, x_TE.dtype, then, dependent=self._dependent)
+        return rope_heads(partials, bias, heads, positions_T, x_TE.dtype, dependent=self._dependent)
 
     def linear_add_rms_norm(
         self,
@@ -71,13 +71,13 @@ class FusedOps(FlashInferOps):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         residual_TE: torch.Tensor,
-        norm: Norm,
+        norm_E: torch.Tensor,
+        eps: float,
     ) -> torch.Tensor:
         if not fits(len(x_TF), *weight.shape):
-            return super().linear_add_rms_norm(x_TF, weight, bias, residual_TE, norm)
+            return super().linear_add_rms_norm(x_TF, weight, bias, residual_TE, norm_E, eps)
         partials = self._partial_sums(x_TF, weight)
-        then = self._ahead(len(x_TF), norm.next_weight)
-        return add_norm(partials, bias, residual_TE, norm.weight_E, norm.eps, then, dependent=self._dependent)
+        return add_norm(partials, bias, residual_TE, norm_E, eps, dependent=self._dependent)
 
     def linear_silu_and_mul(self, x_TE: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if not fits(len(x_TE), weight.shape[0] // 2, weight.shape[1]):
@@ -93,9 +93,3 @@ class FusedOps(FlashInferOps):
     def _partial_sums(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
         share = split(len(x_TK), weight_NK, self._gpu)
         return partial_sums(x_TK, weight_NK, share, dependent=self._dependent)
-
-    def _ahead(self, num_rows: int, weight: torch.Tensor) -> Ahead:
-        """Of the weight that is read next, what can be fetched meanwhile."""
-        if not fits(num_rows, *weight.shape):
-            return Ahead(weight, weight.shape[1], 0)
-        return ahead(weight, split(num_rows, weight, self._gpu).inputs)

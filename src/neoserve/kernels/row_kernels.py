@@ -5,52 +5,33 @@ Shape letters: S splits, T rows, E model dim, C = H + 2K fused heads (H query, t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from neoserve.kernels.base import Heads
-from neoserve.kernels.dependent_launch import fetch_ahead, launch_dependents, wait_for_predecessor
-
-_FETCH_ROWS: tl.constexpr = tl.constexpr(64)
-_FETCHING = 128
-"""Programs that fetch a weight ahead."""
-_FETCH_BYTES = 12 << 20
+from neoserve.kernels.dependent_launch import launch_dependents, wait_for_predecessor
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_fetching"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
 def _add_norm(  # type: ignore[no-untyped-def]
     partials_ptr,
     bias_ptr,
     residual_ptr,
     norm_ptr,
     out_ptr,
-    next_weight_ptr,
     eps,
     num_rows,
-    num_fetching,
-    next_outputs,
-    next_inputs,
-    next_split_inputs,
     E: tl.constexpr,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     if DEPENDENT:
         launch_dependents()
-    row = tl.program_id(0) - num_fetching
-    if row < 0:
-        fetch_ahead(
-            next_weight_ptr, next_outputs, next_inputs, next_split_inputs, -1 - row, num_fetching, COLUMNS, _FETCH_ROWS
-        )
-        return
-    if DEPENDENT:
         wait_for_predecessor()
+    row = tl.program_id(0)
     e = tl.arange(0, WIDTH)
     inside = e < E
     total = tl.zeros((WIDTH,), dtype=tl.float32)
@@ -68,7 +49,7 @@ def _add_norm(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + row * E + e, normed.to(dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_fetching"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
 def _rope_heads(  # type: ignore[no-untyped-def]
     partials_ptr,
     bias_ptr,
@@ -77,13 +58,8 @@ def _rope_heads(  # type: ignore[no-untyped-def]
     positions_ptr,
     cache_ptr,
     out_ptr,
-    next_weight_ptr,
     eps,
     num_rows,
-    num_fetching,
-    next_outputs,
-    next_inputs,
-    next_split_inputs,
     num_query_heads,
     num_rotated_heads,
     num_heads,
@@ -91,28 +67,13 @@ def _rope_heads(  # type: ignore[no-untyped-def]
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    COLUMNS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     if DEPENDENT:
         launch_dependents()
-    program = tl.program_id(0) - num_fetching
-    if program < 0:
-        fetch_ahead(
-            next_weight_ptr,
-            next_outputs,
-            next_inputs,
-            next_split_inputs,
-            -1 - program,
-            num_fetching,
-            COLUMNS,
-            _FETCH_ROWS,
-        )
-        return
-    if DEPENDENT:
         wait_for_predecessor()
-    row = program // num_heads
-    head = program % num_heads
+    head = tl.program_id(0)
+    row = tl.program_id(1)
     half = tl.arange(0, HALF)
     first = tl.zeros((HALF,), dtype=tl.float32)
     second = tl.zeros((HALF,), dtype=tl.float32)
@@ -141,54 +102,29 @@ def _rope_heads(  # type: ignore[no-untyped-def]
     tl.store(target + HALF, second.to(dtype))
 
 
-@dataclass(frozen=True, slots=True)
-class Ahead:
-    """The beginning of a weight that is read soon: of each row, `columns` values of each split of its inputs."""
-
-    weight: torch.Tensor
-    split_inputs: int
-    columns: int
-
-
-def ahead(weight: torch.Tensor, split_inputs: int) -> Ahead:
-    """As much of a weight as memory can bring while a small kernel runs."""
-    num_splits = triton.cdiv(weight.shape[1], split_inputs)
-    columns = _FETCH_BYTES // (2 * weight.shape[0] * num_splits)
-    if columns < 64:
-        return Ahead(weight, split_inputs, 0)
-    return Ahead(weight, split_inputs, min(512, 1 << (columns.bit_length() - 1)))
-
-
 def add_norm(
     partials_STE: torch.Tensor,
     bias_E: torch.Tensor | None,
     residual_TE: torch.Tensor,
     norm_E: torch.Tensor,
     eps: float,
-    then: Ahead,
     *,
     dependent: bool,
 ) -> torch.Tensor:
     """residual += the sum of the partials, and the bias, in place; returns rms_norm(residual)."""
     num_splits, num_rows, width = partials_STE.shape
-    num_fetching = _FETCHING if then.columns else 0
     out_TE = torch.empty_like(residual_TE)
-    _add_norm[(num_fetching + num_rows,)](
+    _add_norm[(num_rows,)](
         partials_STE,
         norm_E if bias_E is None else bias_E,
         residual_TE,
         norm_E,
         out_TE,
-        then.weight,
         eps,
         num_rows,
-        num_fetching,
-        *then.weight.shape,
-        then.split_inputs,
         E=width,
         WIDTH=triton.next_power_of_2(width),
         SPLITS=num_splits,
-        COLUMNS=max(64, then.columns),
         HAS_BIAS=bias_E is not None,
         DEPENDENT=dependent,
         num_warps=min(16, max(1, triton.next_power_of_2(width) // 512)),
@@ -203,7 +139,6 @@ def rope_heads(
     heads: Heads,
     positions_T: torch.Tensor,
     dtype: torch.dtype,
-    then: Ahead,
     *,
     dependent: bool,
 ) -> torch.Tensor:
@@ -211,10 +146,9 @@ def rope_heads(
     num_splits, num_rows, width = partials_STX.shape
     head_dim = heads.cache_PD.shape[1]
     num_heads = width // head_dim
-    num_fetching = _FETCHING if then.columns else 0
     out_TCD = torch.empty((num_rows, num_heads, head_dim), dtype=dtype, device=partials_STX.device)
     q_norm_D, k_norm_D = heads.norms or (out_TCD, out_TCD)
-    _rope_heads[(num_fetching + num_heads * num_rows,)](
+    _rope_heads[(num_heads, num_rows)](
         partials_STX,
         out_TCD if bias is None else bias,
         q_norm_D,
@@ -222,12 +156,8 @@ def rope_heads(
         positions_T,
         heads.cache_PD,
         out_TCD,
-        then.weight,
         heads.norm_eps,
         num_rows,
-        num_fetching,
-        *then.weight.shape,
-        then.split_inputs,
         heads.num_query_heads,
         heads.num_query_heads + heads.num_kv_heads,
         num_heads,
@@ -235,7 +165,6 @@ def rope_heads(
         SPLITS=num_splits,
         HAS_BIAS=bias is not None,
         HAS_NORM=heads.norms is not None,
-        COLUMNS=max(64, then.columns),
         DEPENDENT=dependent,
         num_warps=1,
         launch_pdl=dependent,

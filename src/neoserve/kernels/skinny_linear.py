@@ -23,6 +23,8 @@ TILE_INPUTS = 128
 LARGEST_ROWS = 64
 _ROW_TILES = (16, 32, 64)
 _WARPS = 4
+SUMS_LATE = False
+GATED_LATE = False
 _FULL = 0.9
 """Share of the programs that fit at once which is as good as all."""
 
@@ -193,15 +195,12 @@ def partial_sums(x_TK: torch.Tensor, weight_NK: torch.Tensor, split: Split, *, d
         TILE_N=TILE_OUTPUTS,
         TILE_K=TILE_INPUTS,
         DEPENDENT=dependent,
-        LATE=LATE,
+        LATE=SUMS_LATE,
         num_warps=_WARPS,
         num_stages=split.stages,
         launch_pdl=dependent,
     )
     return out_STN
-
-
-LATE = False
 
 
 def gated(
@@ -225,7 +224,7 @@ def gated(
         TILE_K=TILE_INPUTS,
         HAS_BIAS=bias is not None,
         DEPENDENT=dependent,
-        LATE=LATE,
+        LATE=GATED_LATE,
         num_warps=_WARPS,
         num_stages=3 if gpu.programs(3 * stage_bytes) >= 2 * gpu.count else 2,
         launch_pdl=dependent,

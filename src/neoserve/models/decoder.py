@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional
 
 from neoserve.core.config import ModelShape
-from neoserve.kernels.base import Heads, Norm, Ops
+from neoserve.kernels.base import Heads, Ops
 from neoserve.models.rope import rope_cache
 from neoserve.models.spec import ModelSpec
 from neoserve.models.weights import DecoderWeights, LayerWeights
@@ -33,15 +33,13 @@ from neoserve.models.weights import DecoderWeights, LayerWeights
 class DecoderLayer:
     """One layer: q k v, rope | attention, which is not ours | output projection, norm, MLP, norm of what follows.
 
-    input_norm, post_norm, next_norm: before q k v, before the MLP, and the one that the next layer, or the head, begins
-    with.
+    next_norm_E: the norm that the next layer begins with, or the head.
     """
 
     weights: LayerWeights
     heads: Heads
-    input_norm: Norm
-    post_norm: Norm
-    next_norm: Norm
+    next_norm_E: torch.Tensor
+    norm_eps: float
     ops: Ops
 
     def before_attention(
@@ -55,16 +53,17 @@ class DecoderLayer:
         weights = self.weights
         if residual_TE is None:
             residual_TE = x_TE
-            x_TE = self.ops.rms_norm(x_TE, self.input_norm.weight_E, self.input_norm.eps)
+            x_TE = self.ops.rms_norm(x_TE, weights.input_norm_E, self.norm_eps)
         return self.ops.linear_heads(x_TE, weights.qkv, weights.qkv_bias, self.heads, positions_T), residual_TE
 
     def after_attention(self, attn_THD: torch.Tensor, residual_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x and the residual for the next layer, from the attention output; the residual is updated in place."""
-        weights, ops = self.weights, self.ops
-        attn_TX = attn_THD.flatten(-2)
-        x_TE = ops.linear_add_rms_norm(attn_TX, weights.output, weights.output_bias, residual_TE, self.post_norm)
+        weights, ops, eps = self.weights, self.ops, self.norm_eps
+        x_TE = ops.linear_add_rms_norm(
+            attn_THD.flatten(-2), weights.output, weights.output_bias, residual_TE, weights.post_norm_E, eps
+        )
         h_TF = ops.linear_silu_and_mul(x_TE, weights.gate_up, weights.gate_up_bias)
-        x_TE = ops.linear_add_rms_norm(h_TF, weights.down, weights.down_bias, residual_TE, self.next_norm)
+        x_TE = ops.linear_add_rms_norm(h_TF, weights.down, weights.down_bias, residual_TE, self.next_norm_E, eps)
         return x_TE, residual_TE
 
 
@@ -81,14 +80,10 @@ class Decoder:
         cache_PD = rope_cache(
             spec.rope, spec.shape.head_dim, num_positions or spec.shape.max_position, weights.embedding_VE.device
         )
-        eps, layers = spec.norm_eps, weights.layers
-        input_norms = [Norm(layer.input_norm_E, eps, layer.qkv) for layer in layers]
-        next_norms = [*input_norms[1:], Norm(weights.final_norm_E, eps, weights.head_VE)]
+        next_norms = [*(layer.input_norm_E for layer in weights.layers[1:]), weights.final_norm_E]
         self.layers: Sequence[DecoderLayer] = tuple(
-            DecoderLayer(
-                layer, _heads(spec, layer, cache_PD), norm, Norm(layer.post_norm_E, eps, layer.gate_up), next_norm, ops
-            )
-            for layer, norm, next_norm in zip(layers, input_norms, next_norms, strict=True)
+            DecoderLayer(layer, _heads(spec, layer, cache_PD), next_norm_E, spec.norm_eps, ops)
+            for layer, next_norm_E in zip(weights.layers, next_norms, strict=True)
         )
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
@@ -104,7 +99,7 @@ class Decoder:
 
 def _heads(spec: ModelSpec, layer: LayerWeights, cache_PD: torch.Tensor) -> Heads:
     norms = None if layer.q_norm_D is None or layer.k_norm_D is None else (layer.q_norm_D, layer.k_norm_D)
-    return Heads(spec.shape.num_query_heads, spec.shape.num_kv_heads, norms, spec.norm_eps, cache_PD, layer.output)
+    return Heads(spec.shape.num_query_heads, spec.shape.num_kv_heads, norms, spec.norm_eps, cache_PD)
 
 
 def split_qkv(qkv_TCD: torch.Tensor, shape: ModelShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
