@@ -16,7 +16,8 @@ int64_t to_ns(const char* name, double value, double unit_ns, double least) {
   constexpr double kLongestNs = 1e15;
   if (value >= least && value * unit_ns <= kLongestNs) return std::llround(value * unit_ns);
   std::array<char, 128> message{};
-  std::snprintf(message.data(), message.size(), "%s is %g; expected %g to %g", name, value, least, kLongestNs / unit_ns);
+  std::snprintf(message.data(), message.size(), "%s is %g; expected %g to %g", name, value, least,
+                kLongestNs / unit_ns);
   throw std::invalid_argument(message.data());
 }
 
