@@ -40,12 +40,10 @@ class PlainLoop:
         for layer, kv_N2KPD in zip(decoder.layers, self._kv_LN2KPD, strict=True):
             qkv_TCD, residual_TE = layer.before_attention(x_TE, residual_TE, positions_T)
             q_THD, k_TKD, v_TKD = split_qkv(qkv_TCD, shape)
-            attention.append(k_TKD, v_TKD, kv_N2KPD)
             attn_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
-            attention.run(q_THD, kv_N2KPD, attn_THD)
+            attention.run(q_THD, k_TKD, v_TKD, kv_N2KPD, attn_THD)
             x_TE, residual_TE = layer.after_attention(attn_THD, residual_TE)
-        assert residual_TE is not None
-        return decoder.head(x_TE, residual_TE)
+        return decoder.head(x_TE)
 
     def greedy(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
         """The `num_tokens` likeliest tokens after `prompt`, one at a time."""

@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "attention/attention.h"
-#include "attention/merge.h"
 #include "attention/share.h"
 #include "attention/split.h"
 
@@ -122,6 +121,7 @@ struct Lap::State {
   Split split;
   std::unique_ptr<Unclaimed[]> unclaimed;              // by thread
   std::unique_ptr<std::atomic<int32_t>[]> slots_open;  // by cut: partial results that are not there yet
+  std::atomic<int32_t> num_unclaimed;                  // items of all threads, so that the end is seen at one look
   std::atomic<int32_t> threads_busy;                   // that have not returned from this layer
   AlignedMemory partials;
   AlignedMemory scratch;
@@ -131,33 +131,38 @@ struct Lap::State {
   int32_t num_items(int thread) const { return split.thread_start[thread + 1] - split.thread_start[thread]; }
 
   const Item* claim(int thread);
-  void finish(const Item& item, const LayerMemory& memory);
+  const Cut* finish(const Item& item);
   void leave_layer();
 };
 
 // The thread's own items first, then one of the thread that has most left.
 const Item* Lap::State::claim(int thread) {
   const int32_t own = unclaimed[thread].claim_first();
-  if (own >= 0) return items_of(thread) + own;
-  for (;;) {
+  if (own >= 0) {
+    num_unclaimed.fetch_sub(1, std::memory_order_relaxed);
+    return items_of(thread) + own;
+  }
+  while (num_unclaimed.load(std::memory_order_relaxed) > 0) {
     int slowest = 0;
     for (int i = 1; i < num_threads; ++i) {
       if (unclaimed[i].count() > unclaimed[slowest].count()) slowest = i;
     }
-    if (unclaimed[slowest].count() <= 0) return nullptr;
     const int32_t index = unclaimed[slowest].claim_last();
-    if (index >= 0) return items_of(slowest) + index;
+    if (index >= 0) {
+      num_unclaimed.fetch_sub(1, std::memory_order_relaxed);
+      return items_of(slowest) + index;
+    }
   }
+  return nullptr;
 }
 
 // Whoever finishes the last item of a (row, kv head) merges its partial results.
-void Lap::State::finish(const Item& item, const LayerMemory& memory) {
-  if (item.partial < 0) return;
+const Cut* Lap::State::finish(const Item& item) {
+  if (item.partial < 0) return nullptr;
   const int32_t index = split.cut_of_slot[item.partial];
-  if (slots_open[index].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-  const Cut& cut = split.cuts[index];
-  slots_open[index].store(cut.num_slots, std::memory_order_relaxed);
-  merge_partials(shape, memory, cut, static_cast<const float*>(partials.get()));
+  if (slots_open[index].fetch_sub(1, std::memory_order_acq_rel) > 1) return nullptr;
+  slots_open[index].store(split.cuts[index].num_slots, std::memory_order_relaxed);
+  return &split.cuts[index];
 }
 
 // The last thread to leave makes the lap ready for its next layer.
@@ -165,6 +170,7 @@ void Lap::State::leave_layer() {
   if (threads_busy.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
   threads_busy.store(num_threads, std::memory_order_relaxed);
   for (int i = 0; i < num_threads; ++i) unclaimed[i].reset(num_items(i));
+  num_unclaimed.store(static_cast<int32_t>(split.items.size()), std::memory_order_relaxed);
 }
 
 Lap::Lap(const LapShape& shape, int num_threads, const Policy& policy) {
@@ -203,8 +209,7 @@ void Lap::attend(int thread, const LayerMemory& memory) noexcept {
   struct Context {
     State& state;
     int thread;
-    const LayerMemory& memory;
-  } context{*state_, thread, memory};
+  } context{*state_, thread};
 
   Share share;
   share.lap = &state_->shape;
@@ -215,9 +220,7 @@ void Lap::attend(int thread, const LayerMemory& memory) noexcept {
   share.scratch = static_cast<char*>(state_->scratch.get()) + thread * state_->scratch_stride;
   share.context = &context;
   share.claim = [](void* c) { return static_cast<Context*>(c)->state.claim(static_cast<Context*>(c)->thread); };
-  share.finish = [](void* c, const Item& item) {
-    static_cast<Context*>(c)->state.finish(item, static_cast<Context*>(c)->memory);
-  };
+  share.finish = [](void* c, const Item& item) { return static_cast<Context*>(c)->state.finish(item); };
   state_->attend(share);
   state_->leave_layer();
 }

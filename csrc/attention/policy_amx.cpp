@@ -8,15 +8,13 @@ namespace neo {
 namespace {
 
 // With fewer heads the vectors keep up with the memory, and a tile would be mostly empty.
-#ifndef NEO_AMX_SMALLEST_GROUP
-#define NEO_AMX_SMALLEST_GROUP 3
-#endif
+constexpr int kSmallestGroup = 3;
 
 template <int kDim>
 void attend_bf16(const Share& share) {
   const Geometry& g = share.lap->geometry;
-  if (g.num_query_heads / g.num_kv_heads < NEO_AMX_SMALLEST_GROUP) {
-    attend<VectorTiles<BF16DotMath, kDim>>(share);
+  if (g.num_query_heads / g.num_kv_heads < kSmallestGroup) {
+    attend<VectorTiles<FloatMath<Avx512, BF16>, kDim>>(share);
   } else {
     attend<AmxTiles<kDim>>(share);
   }

@@ -10,6 +10,7 @@ namespace {
 struct Avx2 {
   static constexpr int kWidth = 8;
   static constexpr int kAccumulators = 8;
+  static constexpr int kMaxHeads = 4;
   using Vec = __m256;
 
   static Vec zero() { return _mm256_setzero_ps(); }

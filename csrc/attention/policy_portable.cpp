@@ -7,6 +7,7 @@ namespace {
 struct FourFloats {
   static constexpr int kWidth = 4;
   static constexpr int kAccumulators = 8;
+  static constexpr int kMaxHeads = 4;
   typedef float Vec __attribute__((vector_size(16)));
   typedef int32_t Ints __attribute__((vector_size(16)));
 

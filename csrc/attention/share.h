@@ -6,6 +6,14 @@
 
 namespace neo {
 
+// A (row, kv head) that is attended in several items. Their partial results lie in consecutive slots.
+struct Cut {
+  int32_t row;
+  int32_t kv_head;
+  int32_t first_slot;
+  int32_t num_slots;
+};
+
 // What one thread does at one layer: items of its own in the order in which it attends them, and what `claim` gives it
 // of others' when those fall behind.
 struct Share {
@@ -18,7 +26,7 @@ struct Share {
 
   void* context;                        // of the two functions
   const Item* (*claim)(void* context);  // an item to attend now, the thread's own ones first and in order, or null
-  void (*finish)(void* context, const Item& item);  // to be called when a claimed item is attended
+  const Cut* (*finish)(void* context, const Item& item);  // to be told of each item; returns what to merge, or null
 };
 
 using AttendFunction = void (*)(const Share&);

@@ -1,7 +1,6 @@
 #include "attention/split.h"
 
 #include <algorithm>
-#include <cstdlib>
 
 namespace neo {
 
@@ -10,12 +9,14 @@ namespace {
 // A cut costs two threads the start and the end of an item and one of them a merge: about what reading this takes.
 constexpr int64_t kCutCostBytes = 16 * 1024;
 
-// Threads do not all run alike: cores are shared with others, or with a sibling. A thread's share is therefore several
-// items, so that one that is done can take over from one that is late.
-#ifndef NEO_ITEMS_PER_SHARE
-#define NEO_ITEMS_PER_SHARE 12
-#endif
-constexpr int64_t kSmallestItemBytes = 128 * 1024;
+// Items of less than this cost more than they help.
+constexpr int64_t kSmallestItemBytes = 64 * 1024;
+
+// Of what is left of a share, an item takes at most one part in this many.
+constexpr int64_t kItemPart = 4;
+
+// Items end where a multiple of this many tokens ends, which attention takes at one go.
+constexpr int64_t kItemTokens = 64;
 
 int64_t bytes_per_token(const Geometry& g) { return 2 * g.head_dim * (g.dtype == DType::kF32 ? 4 : 2); }
 
@@ -24,7 +25,6 @@ class Pairs {
  public:
   explicit Pairs(const LapShape& shape) : shape_(shape) {}
 
-  bool done() const { return row_ == shape_.num_rows; }
   int32_t row() const { return row_; }
   int32_t kv_head() const { return kv_head_; }
   int64_t begin() const { return begin_; }
@@ -54,9 +54,7 @@ int64_t count_tokens(const LapShape& shape) {
 
 // Where each thread's share ends, in the line of tokens.
 std::vector<int64_t> share_ends(const LapShape& shape, int num_threads) {
-  int64_t total = 0;
-  for (int b = 0; b < shape.num_rows; ++b)
-    total += static_cast<int64_t>(shape.lengths[b]) * shape.geometry.num_kv_heads;
+  const int64_t total = count_tokens(shape);
   const int64_t tolerance = std::max(kCutCostBytes / bytes_per_token(shape.geometry), total / num_threads / 100);
   std::vector<int64_t> ends;
   Pairs pairs(shape);
@@ -74,11 +72,12 @@ std::vector<int64_t> share_ends(const LapShape& shape, int num_threads) {
   return ends;
 }
 
-// Tokens of the longest item.
-int64_t longest_item(const LapShape& shape, int num_threads) {
-  const int64_t smallest = kSmallestItemBytes / bytes_per_token(shape.geometry);
-  const int64_t tokens = std::max(count_tokens(shape) / num_threads / NEO_ITEMS_PER_SHARE, smallest);
-  return (tokens + shape.geometry.block_size - 1) / shape.geometry.block_size * shape.geometry.block_size;
+// Where an item that begins at token `first` of a (row, kv head) ends, if `left` tokens are left of its thread's share
+// and `stop` is as far as it may go.
+int64_t item_end(const Geometry& g, int64_t first, int64_t stop, int64_t left) {
+  const int64_t longest = std::max(left / kItemPart, kSmallestItemBytes / bytes_per_token(g));
+  if (stop - first <= longest + longest / 2) return stop;
+  return std::min(stop, first + (longest + kItemTokens - 1) / kItemTokens * kItemTokens);
 }
 
 // Appends tokens [first, stop) of a (row, kv head) as one item.
@@ -97,7 +96,6 @@ void add_item(Split& split, const Pairs& pairs, int64_t first, int64_t stop) {
 
 Split split_lap(const LapShape& shape, int num_threads) {
   const std::vector<int64_t> ends = share_ends(shape, num_threads);
-  const int64_t longest = longest_item(shape, num_threads);
   Split split;
   split.thread_start.push_back(0);
   Pairs pairs(shape);
@@ -105,11 +103,9 @@ Split split_lap(const LapShape& shape, int num_threads) {
   for (const int64_t end : ends) {
     while (position < end) {
       const int64_t first = position - pairs.begin();
-      const int64_t stop = std::min(end, pairs.end()) - pairs.begin();
-      // A last piece of half the length or less stays with the one before it.
-      const int64_t item_stop = stop - first <= longest + longest / 2 ? stop : first + longest;
-      add_item(split, pairs, first, item_stop);
-      position = pairs.begin() + item_stop;
+      const int64_t stop = item_end(shape.geometry, first, std::min(end, pairs.end()) - pairs.begin(), end - position);
+      add_item(split, pairs, first, stop);
+      position = pairs.begin() + stop;
       if (position == pairs.end()) pairs.next();
     }
     split.thread_start.push_back(static_cast<int32_t>(split.items.size()));

@@ -4,17 +4,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "attention/attention.h"
+#include "attention/share.h"
 
 namespace neo {
-
-// A (row, kv head) that several threads share. Its partial results lie in consecutive slots.
-struct Cut {
-  int32_t row;
-  int32_t kv_head;
-  int32_t first_slot;
-  int32_t num_slots;
-};
 
 struct Split {
   std::vector<Item> items;            // thread by thread, in the order of attention
@@ -24,7 +16,8 @@ struct Split {
 };
 
 // Contiguous shares of the sequence (row, kv head, token) with equal bytes of K and V. A share ends at a block; it ends
-// at a whole (row, kv head) where that moves the end by less than a cut would cost.
+// at a whole (row, kv head) where that moves the end by less than a cut would cost. Its items get smaller towards its
+// end, so that threads that are done can take over from those that are late, and all end together.
 Split split_lap(const LapShape& shape, int num_threads);
 
 }  // namespace neo

@@ -55,15 +55,14 @@ bool cpu_has_avx2() {
 }
 
 bool cpu_has_avx512() {
-  constexpr uint32_t kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31, kBf16 = 1u << 5;
-  return cpu_has_avx2() && all_bits(saved_state(), kZmmState) && all_bits(cpuid(7, 0).ebx, kF | kDq | kBw | kVl) &&
-         all_bits(cpuid(7, 1).eax, kBf16);
+  constexpr uint32_t kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31;
+  return cpu_has_avx2() && all_bits(saved_state(), kZmmState) && all_bits(cpuid(7, 0).ebx, kF | kDq | kBw | kVl);
 }
 
 bool cpu_has_amx() {
-  constexpr uint32_t kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-  return cpu_has_avx512() && all_bits(saved_state(), kTileState) && all_bits(cpuid(7, 0).edx, kAmxBf16 | kAmxTile) &&
-         request_tile_state();
+  constexpr uint32_t kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAvx512Bf16 = 1u << 5;
+  return cpu_has_avx512() && all_bits(cpuid(7, 1).eax, kAvx512Bf16) && all_bits(saved_state(), kTileState) &&
+         all_bits(cpuid(7, 0).edx, kAmxBf16 | kAmxTile) && request_tile_state();
 }
 
 #else

@@ -4,7 +4,7 @@
 namespace neo {
 
 bool cpu_has_avx2();    // AVX2, FMA and F16C
-bool cpu_has_avx512();  // F, BW, DQ, VL and the bf16 dot product
-bool cpu_has_amx();     // the above, AMX bf16, and the kernel's permission to use it, which this asks for
+bool cpu_has_avx512();  // F, BW, DQ and VL
+bool cpu_has_amx();     // the above, AVX-512 and AMX bf16, and the kernel's permission to use it, which this asks for
 
 }  // namespace neo

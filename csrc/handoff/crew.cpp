@@ -2,11 +2,10 @@
 
 #include <sys/prctl.h>
 
-#include <array>
-#include <cstdio>
 #include <stdexcept>
 #include <utility>
 
+#include "base/decimal.h"
 #include "sync/spin.h"
 #include "sync/topology.h"
 
@@ -21,11 +20,7 @@ void nap() {
 }
 
 // As in "30 s" or "0.25 s".
-std::string seconds_text(int64_t time_ns) {
-  std::array<char, 32> text{};
-  std::snprintf(text.data(), text.size(), "%g s", static_cast<double>(time_ns) * 1e-9);
-  return text.data();
-}
+std::string seconds_text(int64_t time_ns) { return decimal(static_cast<double>(time_ns) * 1e-9) + " s"; }
 
 }  // namespace
 

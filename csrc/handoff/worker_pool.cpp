@@ -1,11 +1,10 @@
 #include "handoff/worker_pool.h"
 
-#include <array>
 #include <cmath>
-#include <cstdio>
 #include <stdexcept>
 #include <utility>
 
+#include "base/decimal.h"
 #include "sync/topology.h"
 
 namespace neo {
@@ -15,10 +14,8 @@ namespace {
 int64_t to_ns(const char* name, double value, double unit_ns, double least) {
   constexpr double kLongestNs = 1e15;
   if (value >= least && value * unit_ns <= kLongestNs) return std::llround(value * unit_ns);
-  std::array<char, 128> message{};
-  std::snprintf(message.data(), message.size(), "%s is %g; expected %g to %g", name, value, least,
-                kLongestNs / unit_ns);
-  throw std::invalid_argument(message.data());
+  throw std::invalid_argument(std::string(name) + " is " + decimal(value) + "; expected " + decimal(least) + " to " +
+                              decimal(kLongestNs / unit_ns));
 }
 
 std::shared_ptr<Crew> make_crew(const std::vector<int>& cpus, const WorkerPool::Options& options) {

@@ -10,7 +10,6 @@
 #include <cstdlib>
 #include <limits>
 #include <map>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -24,43 +23,43 @@ namespace fs = std::filesystem;
 constexpr int kMaxCpus = 8192;  // the most that Linux can be built for
 using CpuMask = std::array<cpu_set_t, kMaxCpus / CPU_SETSIZE>;
 
-// The lines of a file, none where there is no such file. No streams of the standard library here: in a process that has
-// loaded a second copy of it, as GPU wheels bring, their locales may be those of the other copy, and crash.
-std::vector<std::string> lines_of(const fs::path& path) {
+// The lines of a file that the kernel writes; none if it is not there. No streams, for the reason in base/decimal.h.
+std::vector<std::string> read_lines(const fs::path& path) {
   std::vector<std::string> lines;
-  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "re"), &std::fclose);
+  std::FILE* file = std::fopen(path.c_str(), "re");
   if (!file) return lines;
-  std::string line;
-  for (int c = 0; (c = std::fgetc(file.get())) != EOF;) {
-    if (c == '\n') {
-      lines.push_back(std::exchange(line, {}));
-    } else {
-      line += static_cast<char>(c);
-    }
+  bool begins = true;
+  for (char part[512]; std::fgets(part, sizeof part, file);) {
+    std::string text = part;
+    const bool ends = text.back() == '\n';
+    if (ends) text.pop_back();
+    if (begins) lines.emplace_back();
+    lines.back() += text;
+    begins = ends;
   }
-  if (!line.empty()) lines.push_back(line);
+  std::fclose(file);
   return lines;
 }
 
 std::string first_line(const fs::path& path) {
-  const std::vector<std::string> lines = lines_of(path);
-  return lines.empty() ? "" : lines.front();
+  const std::vector<std::string> lines = read_lines(path);
+  return lines.empty() ? std::string() : lines.front();
 }
 
-// The numbers of a kernel list such as "0-3,8,10-11".
+// The numbers of a kernel list such as "0-3,8,10-11". Here and below no stream parses numbers: that takes the facets of
+// a locale, which are not usable where libstdc++ is linked into this module a second time.
 std::vector<int> parse_cpu_list(const std::string& text) {
   std::vector<int> cpus;
-  for (const char *at = text.data(), *end = at + text.size(); at < end; ++at) {
+  const char* at = text.data();
+  const char* const end = at + text.size();
+  while (at != end) {
     int first = 0;
-    const auto parsed = std::from_chars(at, end, first);
+    auto [next, error] = std::from_chars(at, end, first);
+    if (error != std::errc{}) break;
     int last = first;
-    if (parsed.ec == std::errc()) {
-      at = parsed.ptr;
-      if (at < end && *at == '-') at = std::from_chars(at + 1, end, last).ptr;
-      for (int cpu = first; cpu <= last; ++cpu) cpus.push_back(cpu);
-    }
-    at = std::find(at, end, ',');
-    if (at == end) break;
+    if (next != end && *next == '-') next = std::from_chars(next + 1, end, last).ptr;
+    for (int cpu = first; cpu <= last; ++cpu) cpus.push_back(cpu);
+    at = next != end && *next == ',' ? next + 1 : end;
   }
   return cpus;
 }
@@ -78,13 +77,13 @@ std::map<int, int> node_of_cpu(const fs::path& root) {
 
 // CPUs that a quota of `quota` microseconds in each `period` pays for; a quota of "max" or -1 does not limit.
 double quota_cpus(const std::string& quota, const std::string& period) {
-  constexpr double kUnlimited = std::numeric_limits<double>::infinity();
   const double quota_us = std::strtod(quota.c_str(), nullptr), period_us = std::strtod(period.c_str(), nullptr);
-  return quota_us > 0 && period_us > 0 && quota_us < kUnlimited ? quota_us / period_us : kUnlimited;
+  if (quota_us <= 0 || period_us <= 0) return std::numeric_limits<double>::infinity();
+  return quota_us / period_us;
 }
 
 double cgroup_v2_cpus(const fs::path& directory) {
-  const std::string line = first_line(directory / "cpu.max");
+  const std::string line = first_line(directory / "cpu.max");  // "<quota> <period>"
   const size_t space = line.find(' ');
   return space == std::string::npos ? quota_cpus("max", "") : quota_cpus(line.substr(0, space), line.substr(space + 1));
 }
@@ -97,7 +96,7 @@ double cgroup_v1_cpus(const fs::path& directory) {
 // "<id>:<controllers>:<path>", without controllers for version 2.
 double cgroup_cpus(const fs::path& root) {
   double cpus = std::numeric_limits<double>::infinity();
-  for (const std::string& line : lines_of(root / "proc/self/cgroup")) {
+  for (const std::string& line : read_lines(root / "proc/self/cgroup")) {
     const size_t first = line.find(':'), second = line.find(':', first + 1);
     if (first == std::string::npos || second == std::string::npos) continue;
     const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";

@@ -136,13 +136,12 @@ def test_append_and_attention(dtype: torch.dtype, heads: tuple[int, int, int], d
     q, k, v = fused_rows(batch, heads, dtype)
     out = torch.full((batch.num_rows, heads[0], heads[2]), math.nan, device=DEVICE, dtype=dtype)
     attention = ops.plan_attention(batch, decode=decode)
-    attention.append(k, v, kv)
+    attention.run(q, k, v, kv, out)
     for sequence in range(batch.num_sequences):
         stored_k, stored_v = tokens_of(kv, batch, sequence)
         rows = slice(batch.row_start[sequence], batch.row_start[sequence + 1])
         assert torch.equal(stored_k[:, -counts[sequence] :].transpose(0, 1), k[rows].float())
         assert torch.equal(stored_v[:, -counts[sequence] :].transpose(0, 1), v[rows].float())
-    attention.run(q, kv, out)
     assert error(out, expected_attention(q, kv, batch)) < 5e-3
 
 
@@ -154,9 +153,9 @@ def test_plans_in_flight_together_keep_their_own_batches() -> None:
     for _ in range(2):
         plans = [ops.plan_attention(batch, decode=True) for batch in batches]
         for batch, plan in zip(batches, plans, strict=True):
-            q, _, _ = fused_rows(batch, heads, dtype)
+            q, k, v = fused_rows(batch, heads, dtype)
             out = torch.empty_like(q)
-            plan.run(q, kv, out)
+            plan.run(q, k, v, kv, out)
             assert error(out, expected_attention(q, kv, batch)) < 5e-3
         del plans, plan
 
@@ -174,12 +173,10 @@ def test_a_captured_bucket_serves_batches_that_grow_and_shrink(heads: tuple[int,
     for size in buckets.sizes:
         bucket = buckets.plan(random_batch([16] * size, [1] * size, 16, num_blocks))
         q, k, v = static[:size].split((heads[0], heads[1], heads[1]), dim=1)
-        bucket.append(k, v, kv)
-        bucket.run(q, kv, outs[size])
+        bucket.run(q, k, v, kv, outs[size])
         graphs[size] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graphs[size]):
-            bucket.append(k, v, kv)
-            bucket.run(q, kv, outs[size])
+            bucket.run(q, k, v, kv, outs[size])
     for lengths in ([3000], [1, 1, 1, 1], [5, 900, 33], [64] * 9, [1500, 2000, 17, 800, 3], list(range(1, 17))):
         batch = random_batch(lengths, [1] * len(lengths), 16, num_blocks)
         static.normal_()

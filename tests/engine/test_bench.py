@@ -12,8 +12,12 @@ from neoserve.cli.load.curve import sustained_rate
 from neoserve.cli.load.report import spread, steady_rate
 from neoserve.cli.load.workload import Lengths, WorkloadSpec
 from neoserve.cli.main import app
+from neoserve.core.config import EngineConfig, OffloadMode
 from neoserve.core.errors import ConfigError, NeoError
+from neoserve.core.request import SamplingParams
+from neoserve.engine.core import EngineCore
 from neoserve.engine.telemetry import LANES
+from tests.engine.driving import generate
 
 ENGINE = ("--device", "reference", "--dtype", "float32", "--device-kv-tokens", "160", "--host-memory", "8MiB",
           "--max-num-seqs", "8", "--warm-up-prompts", "2")  # fmt: skip
@@ -235,3 +239,19 @@ def test_a_file_that_holds_no_lengths_is_refused(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ConfigError, match=name):
             WorkloadSpec(lengths=path).load(seed=0)
+
+
+def test_an_engine_runs_on_the_weights_of_the_one_before() -> None:
+    modes: tuple[OffloadMode, ...] = ("off", "all")
+    tokens, weights = [], None
+    for offload in modes:
+        config = EngineConfig(device="reference", dtype="float32", offload=offload, host_memory_bytes=2**23,
+                              device_kv_tokens=160, max_num_seqs=8)  # fmt: skip
+        core = EngineCore(config, weights=weights)
+        try:
+            assert weights is None or core.weights is weights
+            weights = core.weights
+            tokens.append(generate(core, [[5, 6, 7], [8, 9]], SamplingParams(temperature=0, max_tokens=8)))
+        finally:
+            core.close()
+    assert tokens[0] == tokens[1]

@@ -91,9 +91,9 @@ def test_half_precision_is_as_exact_as_transformers(saved: dict[str, Saved], nam
 def test_the_head_of_some_rows_is_that_of_all(saved: dict[str, Saved]) -> None:
     spec = open_checkpoint(str(saved["llama"][0])).spec
     decoder = Decoder(spec, load_weights(spec, saved["llama"][0], torch.float32, CPU), ReferenceOps())
-    x_TE, residual_TE = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
-    some = decoder.head(x_TE.clone(), residual_TE.clone(), torch.tensor([4, 1]))
-    torch.testing.assert_close(some, decoder.head(x_TE, residual_TE)[[4, 1]])
+    x_TE = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    some = decoder.head(x_TE, torch.tensor([4, 1]))
+    torch.testing.assert_close(some, decoder.head(x_TE)[[4, 1]])
 
 
 def test_shards_load_like_a_single_file(saved: dict[str, Saved], tmp_path: Path) -> None:

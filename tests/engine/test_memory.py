@@ -38,16 +38,16 @@ def test_without_a_limit_all_that_is_available_is_free(tmp_path: Path, files: di
 
 
 def test_auto_runs_without_a_host_tier_when_its_memory_is_refused(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        with engine(tiny.path, offload="auto", device_kv_tokens=256, host_memory_bytes=FAR_TOO_MUCH) as core:
-            assert core.worker_pool is None
-            assert core.info.config.host_blocks == 0
-            [tokens] = generate(core, [[5, 9, 17]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
-            assert len(tokens) == 4
+    caplog.set_level(logging.WARNING)
+    with engine(tiny.path, offload="auto", device_kv_tokens=256, host_memory_bytes=FAR_TOO_MUCH) as core:
+        assert core.worker_pool is None
+        assert core.info.config.host_blocks == 0
+        [tokens] = generate(core, [[5, 9, 17]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+        assert len(tokens) == 4
     assert "without a host tier" in caplog.text
 
 
 def test_all_refuses_to_start_when_its_memory_is_refused(tiny: Tiny) -> None:
-    with pytest.raises(HostMemoryError, match="--host-memory"):
-        with engine(tiny.path, offload="all", host_memory_bytes=FAR_TOO_MUCH):
-            pass
+    refused = pytest.raises(HostMemoryError, match="--host-memory")
+    with refused, engine(tiny.path, offload="all", host_memory_bytes=FAR_TOO_MUCH):
+        pass

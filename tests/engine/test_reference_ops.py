@@ -96,12 +96,14 @@ class Sequences:
         b = self.batch
         earlier = PagedBatch(np.cumsum([0, *old]).astype(np.int32), b.block_start, b.block_ids, np.array(old, np.int32))
         first = OPS.plan_attention(earlier, decode=False)
-        first.append(*(torch.cat([x[:n] for x, n in zip(xs, old, strict=True)]) for xs in (keys, values)), kv_N2KPD)
+        earlier_k, earlier_v = (torch.cat([x[:n] for x, n in zip(xs, old, strict=True)]) for xs in (keys, values))
+        any_THD = random(earlier.num_rows, 2 * self.group, self.head_dim, dtype=dtype, seed=6)
+        first.run(any_THD, earlier_k, earlier_v, kv_N2KPD, torch.empty_like(any_THD))
         q_THD = random(b.num_rows, 2 * self.group, self.head_dim, dtype=dtype, seed=7)
         out_THD = torch.empty_like(q_THD)
         plan = OPS.plan_attention(b, decode=max(self.counts) == 1)
-        plan.append(*(torch.cat([x[n:] for x, n in zip(xs, old, strict=True)]) for xs in (keys, values)), kv_N2KPD)
-        plan.run(q_THD, kv_N2KPD, out_THD)
+        newer_k, newer_v = (torch.cat([x[n:] for x, n in zip(xs, old, strict=True)]) for xs in (keys, values))
+        plan.run(q_THD, newer_k, newer_v, kv_N2KPD, out_THD)
         return out_THD, self.naive(q_THD.double(), keys, values)
 
     def naive(self, q_THD: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:

@@ -30,6 +30,18 @@ struct alignas(64) TileConfig {
 // Stores that tiles are loaded from must be done; the intrinsics do not say that they read memory.
 inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
 
+// Four vectors to four: element 4 * lane + i of vector j becomes element j of lane `lane` of vector i.
+inline void transpose_four(__m512 (&x)[4]) {
+  const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(x[0], x[1]));
+  const __m512d b = _mm512_castps_pd(_mm512_unpacklo_ps(x[2], x[3]));
+  const __m512d c = _mm512_castps_pd(_mm512_unpackhi_ps(x[0], x[1]));
+  const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(x[2], x[3]));
+  x[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+  x[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  x[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
+  x[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+}
+
 // to[h][t] = from[t][h] for 16 tokens and four heads: rows of 16 floats to rows of kChunk.
 inline void transpose_scores(const float* from, float* to) {
   __m512 rows[4];  // 128-bit lane i: token 4 * i + j
@@ -41,14 +53,9 @@ inline void transpose_scores(const float* from, float* to) {
     row = _mm512_mask_broadcast_f32x4(row, 0x0f00, _mm_load_ps(at + 8 * 16));
     rows[j] = _mm512_mask_broadcast_f32x4(row, 0xf000, _mm_load_ps(at + 12 * 16));
   }
-  const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(rows[0], rows[1]));
-  const __m512d b = _mm512_castps_pd(_mm512_unpacklo_ps(rows[2], rows[3]));
-  const __m512d c = _mm512_castps_pd(_mm512_unpackhi_ps(rows[0], rows[1]));
-  const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(rows[2], rows[3]));
-  _mm512_storeu_ps(to, _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)));
-  _mm512_storeu_ps(to + kChunk, _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-  _mm512_storeu_ps(to + 2 * kChunk, _mm512_castpd_ps(_mm512_unpacklo_pd(c, d)));
-  _mm512_storeu_ps(to + 3 * kChunk, _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+  transpose_four(rows);
+#pragma GCC unroll 4
+  for (int h = 0; h < 4; ++h) _mm512_storeu_ps(to + h * kChunk, rows[h]);
 }
 
 template <int kHeadDim>
@@ -85,8 +92,8 @@ class AmxTiles {
   AmxTiles& operator=(const AmxTiles&) = delete;
 
   void start_item(const BF16* queries) {
+    for (int h = 0; h < group_; h += 4) pack_queries(h, group_ - 1, queries);
     for (int h = 0; h < group_; ++h) {
-      pack_query(h, queries + h * kDim);
       maxima[h] = kLowest;
       Simd::store(sums + h * 16, Simd::zero());
       for (int d = 0; d < kDim; d += 16) Simd::store(values + h * kDim + d, Simd::zero());
@@ -99,7 +106,10 @@ class AmxTiles {
     for (int d = 0; d < kDim; d += 16) Simd::store(v + d, Simd::mul(Simd::load(v + d), factor));
   }
 
-  void store_weights(int head, int token, Vec weights) { Simd::store(weights_ + head * kChunk + token, weights); }
+  void store_weights(int head, int token, Vec weights) {
+    BF16* at = weights_ + head * kChunk + token;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), (__m256i)_mm512_cvtneps_pbh(weights));
+  }
 
   // scores[h][t] = q[h] . k[t], and garbage for tokens past num_tokens.
   void score(const Chunk<BF16>& chunk) {
@@ -158,13 +168,26 @@ class AmxTiles {
     _tile_loadconfig(&config);
   }
 
-  // The right operand of the scores, for each 16 heads [step][pair of dims][head][2].
-  void pack_query(int head, const BF16* query) {
-    BF16* at = queries_ + head / 16 * kSteps * 16 * 32 + head % 16 * 2;
+  // The right operand of the scores, for each 16 heads [step][pair of dims][head][2]. Four heads at a time: `head` and
+  // up to three more, of which those past `last` come out as copies of it.
+  void pack_queries(int head, int last, const BF16* queries) {
     for (int step = 0; step < kSteps; ++step) {
-      for (int i = step * 32 - step_dim(step); i < 32; i += 2) {
-        at[(step * 16 + i / 2) * 32] = query[step_dim(step) + i];
-        at[(step * 16 + i / 2) * 32 + 1] = query[step_dim(step) + i + 1];
+      const __mmask16 fresh = static_cast<__mmask16>(0xffff << (step * 32 - step_dim(step)) / 2);
+      __m512 rows[4];  // of pairs of dims
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const int row = head + i < last ? head + i : last;
+        rows[i] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(fresh, queries + row * kDim + step_dim(step)));
+      }
+      transpose_four(rows);
+      BF16* at = queries_ + (head / 16 * kSteps + step) * 16 * 32 + head % 16 * 2;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        float* to = reinterpret_cast<float*>(at + i * 32);
+        _mm_store_ps(to, _mm512_castps512_ps128(rows[i]));
+        _mm_store_ps(to + 4 * 16, _mm512_extractf32x4_ps(rows[i], 1));
+        _mm_store_ps(to + 8 * 16, _mm512_extractf32x4_ps(rows[i], 2));
+        _mm_store_ps(to + 12 * 16, _mm512_extractf32x4_ps(rows[i], 3));
       }
     }
   }

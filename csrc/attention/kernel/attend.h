@@ -7,14 +7,10 @@
 #include "attention/kernel/stream.h"
 #include "attention/share.h"
 
-#ifndef NEO_CHUNK
-#define NEO_CHUNK 64
-#endif
-
 namespace neo {
 namespace {
 
-constexpr int kChunk = NEO_CHUNK;  // tokens between two looks at the running maximum
+constexpr int kChunk = 64;  // tokens between two looks at the running maximum
 constexpr int kSmallestBlock = 16;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.69314718f;
@@ -82,39 +78,70 @@ void online_softmax(Tiles& tiles, int num_heads, int num_tokens, float scale) {
   }
 }
 
-// Output and log-sum-exp of a finished item, or its partial result.
+// Output and log-sum-exp of one head, from its weighted values, its maximum and its sum of weights.
 template <class Tiles>
-void finish_item(const Tiles& tiles, const Share& share, const Item& item) {
+void write_head(const Share& share, int row, int query_head, const float* values, float max, float sum) {
   using Simd = typename Tiles::Simd;
-  using Element = typename Tiles::Element;
   constexpr int kDim = Tiles::kDim;
-  const Geometry& g = share.lap->geometry;
-  const int group = g.num_query_heads / g.num_kv_heads;
-  float* slot = item.partial < 0 ? nullptr : share.partials + item.partial * partial_floats(g);
+  const int64_t at = static_cast<int64_t>(row) * share.lap->geometry.num_query_heads + query_head;
+  typename Tiles::Element* out = static_cast<typename Tiles::Element*>(share.memory->out) + at * kDim;
+  const typename Simd::Vec factor = Simd::broadcast(1.0f / sum);
+  for (int d = 0; d < kDim; d += Simd::kWidth) Simd::store(out + d, Simd::mul(Simd::load(values + d), factor));
+  if (share.memory->lse) share.memory->lse[at] = (max + __builtin_log2f(sum)) * kLn2;
+}
+
+// The result of an item, or its partial result.
+template <class Tiles>
+void finish_item(const Tiles& tiles, const Share& share, const Item& item, int group) {
+  using Simd = typename Tiles::Simd;
+  constexpr int kDim = Tiles::kDim;
+  float* slot = item.partial < 0 ? nullptr : share.partials + item.partial * partial_floats(share.lap->geometry);
   for (int h = 0; h < group; ++h) {
     const float* values = tiles.values + h * kDim;
     const float sum = Simd::reduce_add(Simd::load(tiles.sums + h * Simd::kWidth));
-    if (slot) {
-      for (int d = 0; d < kDim; d += Simd::kWidth) Simd::store(slot + h * kDim + d, Simd::load(values + d));
-      slot[group * kDim + h] = tiles.maxima[h];
-      slot[group * kDim + group + h] = sum;
+    if (!slot) {
+      write_head<Tiles>(share, item.row, item.kv_head * group + h, values, tiles.maxima[h], sum);
       continue;
     }
-    const int64_t query_head = static_cast<int64_t>(item.row) * g.num_query_heads + item.kv_head * group + h;
-    Element* out = static_cast<Element*>(share.memory->out) + query_head * kDim;
-    const typename Simd::Vec factor = Simd::broadcast(1.0f / sum);
-    for (int d = 0; d < kDim; d += Simd::kWidth) Simd::store(out + d, Simd::mul(Simd::load(values + d), factor));
-    if (share.memory->lse) share.memory->lse[query_head] = (tiles.maxima[h] + __builtin_log2f(sum)) * kLn2;
+    for (int d = 0; d < kDim; d += Simd::kWidth) Simd::store(slot + h * kDim + d, Simd::load(values + d));
+    slot[group * kDim + h] = tiles.maxima[h];
+    slot[group * kDim + group + h] = sum;
+  }
+}
+
+// Partial results of one (row, kv head) into its output.
+template <class Tiles>
+void merge(const Share& share, const Cut& cut, int group) {
+  using Simd = typename Tiles::Simd;
+  using Vec = typename Simd::Vec;
+  constexpr int kDim = Tiles::kDim;
+  const int64_t stride = partial_floats(share.lap->geometry);
+  const float* const first = share.partials + cut.first_slot * stride;
+  const float* const last = first + cut.num_slots * stride;
+  for (int h = 0; h < group; ++h) {
+    const int max_at = group * kDim + h, sum_at = max_at + group;
+    float max = kLowest;
+    for (const float* slot = first; slot != last; slot += stride) max = slot[max_at] > max ? slot[max_at] : max;
+    float sums[Simd::kWidth], values[kDim] = {};
+    Vec sum = Simd::zero();
+    for (const float* slot = first; slot != last; slot += stride) {
+      const Vec factor = Simd::exp2(Simd::broadcast(slot[max_at] - max));
+      sum = Simd::fma(Simd::broadcast(slot[sum_at]), factor, sum);
+      for (int d = 0; d < kDim; d += Simd::kWidth) {
+        Simd::store(values + d, Simd::fma(Simd::load(slot + h * kDim + d), factor, Simd::load(values + d)));
+      }
+    }
+    Simd::store(sums, sum);
+    write_head<Tiles>(share, cut.row, cut.kv_head * group + h, values, max, sums[0]);
   }
 }
 
 template <class Tiles>
-void attend_item(Tiles& tiles, const Share& share, const Item& item, TileStream& stream) {
+void attend_item(Tiles& tiles, const Share& share, const Item& item, int group, TileStream& stream) {
   using Element = typename Tiles::Element;
   constexpr int64_t kDim = Tiles::kDim;
   const LapShape& lap = *share.lap;
   const Geometry& g = lap.geometry;
-  const int group = g.num_query_heads / g.num_kv_heads;
   const Element* row =
       static_cast<const Element*>(share.memory->qkv) + item.row * (g.num_query_heads + 2LL * g.num_kv_heads) * kDim;
   tiles.start_item(row + item.kv_head * group * kDim);
@@ -138,27 +165,27 @@ void attend_item(Tiles& tiles, const Share& share, const Item& item, TileStream&
     online_softmax(tiles, group, chunk.num_tokens, lap.scale * kLog2E);
     tiles.accumulate(chunk);
   }
-  finish_item(tiles, share, item);
+  finish_item(tiles, share, item, group);
+  if (const Cut* cut = share.finish(share.context, item)) merge<Tiles>(share, *cut, group);
 }
 
 template <class Tiles>
 void attend(const Share& share) {
   constexpr int64_t kRowBytes = Tiles::kDim * sizeof(typename Tiles::Element);
   const Geometry& g = share.lap->geometry;
-  Tiles tiles(share.scratch, g.num_query_heads / g.num_kv_heads, g.block_size);
+  const int group = g.num_query_heads / g.num_kv_heads;
+  Tiles tiles(share.scratch, group, g.block_size);
   const Item* const own_last = share.items + share.num_items;
+  const auto is_own = [&](const Item* item) { return item >= share.items && item < own_last; };
+
   const Item* item = share.claim(share.context);
-  if (item >= share.items && item < own_last) {
+  if (is_own(item)) {
     TileStream stream(share, item, own_last, kRowBytes);
-    for (; item >= share.items && item < own_last; item = share.claim(share.context)) {
-      attend_item(tiles, share, *item, stream);
-      share.finish(share.context, *item);
-    }
+    for (; is_own(item); item = share.claim(share.context)) attend_item(tiles, share, *item, group, stream);
   }
   for (; item; item = share.claim(share.context)) {
     TileStream stream(share, item, item + 1, kRowBytes);
-    attend_item(tiles, share, *item, stream);
-    share.finish(share.context, *item);
+    attend_item(tiles, share, *item, group, stream);
   }
 }
 

@@ -1,5 +1,4 @@
-// Sixteen floats, and products of bf16 pairs. For the files of one instruction set only: all is local to the file that
-// includes it.
+// Sixteen floats. For the files of one instruction set only: all is local to the file that includes it.
 #pragma once
 
 #include <immintrin.h>
@@ -13,6 +12,7 @@ namespace {
 struct Avx512 {
   static constexpr int kWidth = 16;
   static constexpr int kAccumulators = 20;
+  static constexpr int kMaxHeads = 8;
   using Vec = __m512;
 
   static Vec zero() { return _mm512_setzero_ps(); }
@@ -20,7 +20,12 @@ struct Avx512 {
   static Vec load(const float* at) { return _mm512_loadu_ps(at); }
   static void store(float* at, Vec x) { _mm512_storeu_ps(at, x); }
   static void store(BF16* at, Vec x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), (__m256i)_mm512_cvtneps_pbh(x));
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i result = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
   }
   static void store(F16* at, Vec x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -78,16 +83,26 @@ struct Avx512 {
     } else if constexpr (kHeads == 2) {
       _mm256_storeu_ps(at, _mm512_castps512_ps256(sums));
       _mm256_storeu_ps(at + stride, _mm512_extractf32x8_ps(sums, 1));
-    } else {
-      static_assert(kHeads == 4);
+    } else if constexpr (kHeads == 4) {
       _mm_storeu_ps(at, _mm512_castps512_ps128(sums));
       _mm_storeu_ps(at + stride, _mm512_extractf32x4_ps(sums, 1));
       _mm_storeu_ps(at + 2 * stride, _mm512_extractf32x4_ps(sums, 2));
       _mm_storeu_ps(at + 3 * stride, _mm512_extractf32x4_ps(sums, 3));
+    } else {
+      static_assert(kHeads == 8);
+      store_two_heads(_mm512_castps512_ps128(sums), at, stride);
+      store_two_heads(_mm512_extractf32x4_ps(sums, 1), at + 2 * stride, stride);
+      store_two_heads(_mm512_extractf32x4_ps(sums, 2), at + 4 * stride, stride);
+      store_two_heads(_mm512_extractf32x4_ps(sums, 3), at + 6 * stride, stride);
     }
   }
 
  private:
+  // Two tokens' scores of two heads.
+  static void store_two_heads(__m128 scores, float* at, int stride) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(at), scores);
+    _mm_storeh_pi(reinterpret_cast<__m64*>(at + stride), scores);
+  }
   // Each 128-bit lane: the lane's sum of each of four vectors.
   static Vec add_quarters(const Vec* x) {
     const Vec a = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
@@ -99,43 +114,6 @@ struct Avx512 {
   // Two lanes of `a`, its lanes added to half as many, then two of `b`.
   static Vec add_halves(Vec a, Vec b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-  }
-};
-
-// Pairs of bf16 multiplied and added in one instruction; the softmax weights are rounded to bf16 for it.
-struct BF16DotMath {
-  using Simd = Avx512;
-  using Element = BF16;
-  using Vec = __m512;
-  using Query = BF16;
-  using Weight = BF16;
-  static constexpr int kStep = 32;
-
-  template <int kCount>
-  static __m512bh load_keys(const BF16* at) {
-    return (__m512bh)Avx512::load_elements<kCount>(at);
-  }
-
-  template <int kDim>
-  static void pack_query(Query* packed, const BF16* query) {
-    for (int d = 0; d < kDim; ++d) packed[d] = query[d];
-  }
-
-  static Vec dot(Vec sum, __m512bh keys, const Query* query) {
-    return _mm512_dpbf16_ps(sum, keys, (__m512bh)_mm512_loadu_si512(query));
-  }
-
-  static void store_weights(Weight* at, Vec weights) { Avx512::store(at, weights); }
-
-  template <int kDim>
-  static __m512bh load_values(const BF16* v, int token, int dim, bool) {
-    return load_keys<kStep>(v + token * kDim + 2 * dim);
-  }
-
-  static Vec mix(Vec sum, __m512bh values, const Weight* weights) {
-    int pair;
-    __builtin_memcpy(&pair, weights, sizeof pair);
-    return _mm512_dpbf16_ps(sum, values, (__m512bh)_mm512_set1_epi32(pair));
   }
 };
 

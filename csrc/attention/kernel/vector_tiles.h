@@ -1,5 +1,5 @@
-// The two products over one tile with vectors of floats (or with a dot product of element pairs): what all policies but
-// AMX use. For the files of one instruction set only: all is local to the file that includes it.
+// The two products over one tile with vectors of floats: what all policies but AMX use. For the files of one
+// instruction set only: all is local to the file that includes it.
 //
 // `Math` names the Element, the Simd and how elements are multiplied:
 //   Query            what a query element is kept as; kQuerySize of them for a head
@@ -104,12 +104,13 @@ class VectorTiles {
 
  private:
   static constexpr int kWidth = Simd::kWidth;
-  static constexpr int kMaxHeads = 4;
+  static constexpr int kMaxHeads = Simd::kMaxHeads;
   static constexpr int kStep = Math::kStep;
   static constexpr int kSteps = (kDim + kStep - 1) / kStep;
   static constexpr int kQuerySize = kSteps * kStep;
 
-  // Heads share each load of K and V in runs of 4, 2 or 1. Only the first run over a chunk reads it from memory.
+  // Heads share each load of K and V in runs of 8, 4, 2 or 1, the last run padded where that costs less. Only the first
+  // run over a chunk reads it from memory.
   template <class Body>
   void for_head_runs(Body body) {
     int head = run_heads(0, Count<true>(), body);
@@ -119,6 +120,12 @@ class VectorTiles {
   template <class FirstRun, class Body>
   int run_heads(int head, FirstRun first_run, Body& body) {
     const int left = group_ - head;
+    if constexpr (kMaxHeads == 8) {
+      if (left >= 7) {
+        body(Count<8>(), first_run, head);
+        return 8;
+      }
+    }
     if (left >= 3) {
       body(Count<4>(), first_run, head);
       return 4;
@@ -155,7 +162,7 @@ class VectorTiles {
     for (int t = 0; t < kTokens; ++t) {
       if constexpr (kAsk) ask_for<kCount>(ahead, t * kCount);
       const auto key = Math::template load_keys<kCount>(keys + t * kDim);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int h = 0; h < kHeads; ++h) {
         dots[h * kTokens + t] = Math::dot(dots[h * kTokens + t], key, queries + h * kQuerySize);
       }
@@ -174,7 +181,7 @@ class VectorTiles {
   void accumulate_run(const Chunk<Element>& chunk, int head, int dim) {
     Vec mixed[kHeads][kVecs];
     float* at = values + head * kDim + dim;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int h = 0; h < kHeads; ++h) {
 #pragma GCC unroll 16
       for (int i = 0; i < kVecs; ++i) mixed[h][i] = Simd::load(at + h * kDim + i * kWidth);
@@ -191,14 +198,14 @@ class VectorTiles {
         for (int i = 0; i < kVecs; ++i) {
           if constexpr (kAsk) ask_for<2 * kWidth>(ahead + t * kVecs * kWidth, i * 2 * kWidth);
           const auto pair = Math::template load_values<kDim>(v, t, dim + i * kWidth, whole);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int h = 0; h < kHeads; ++h) {
             mixed[h][i] = Math::mix(mixed[h][i], pair, weights + h * kChunk + t);
           }
         }
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int h = 0; h < kHeads; ++h) {
 #pragma GCC unroll 16
       for (int i = 0; i < kVecs; ++i) Simd::store(at + h * kDim + i * kWidth, mixed[h][i]);

@@ -74,10 +74,13 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A copy of a hand-off, for who watches: its channel, "out" or "back", and where it begins and ends."""
+    """Copies beside the compute stream, for who watches, and where they begin and end.
 
-    channel: int
-    direction: Literal["out", "back"]
+    what: "out" or "back" of a hand-off, or "tiers": KV between the tiers. channel: of the hand-off, else `None`.
+    """
+
+    what: Literal["out", "back", "tiers"]
+    channel: int | None
     begin: Mark
     end: Mark
 
@@ -85,7 +88,7 @@ class Copy:
 class Device(ABC):
     """Where the model runs. Work is submitted in order to one compute stream and never waits on the caller.
 
-    on_copy: while set, told of every copy of a hand-off; it costs marks, so only a trace sets it.
+    on_copy: while set, told of every copy beside the compute stream; it costs marks, so only a trace sets it.
     """
 
     torch_device: torch.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -16,11 +17,13 @@ from neoserve.device.base import Completion, Copy, Device, Exchange, Flag, Mark,
 from neoserve.device.driver import Driver
 from neoserve.device.registration import RegisteredMemory
 from neoserve.kernels.flashinfer_ops import FlashInferOps
+from neoserve.kernels.fused_ops import FusedOps
 
 logger = logging.getLogger(__name__)
 
 OLDEST_CAPABILITY = (7, 5)
 _BFLOAT16_CAPABILITY = (8, 0)
+_FUSED_CAPABILITY = (8, 0)
 _NUM_CHANNELS = 2
 _CLOCK_ATTEMPTS = 5
 
@@ -45,12 +48,17 @@ class _Submitted:
         return float(self.start.elapsed_time(self.end)) * 1e3
 
 
+@dataclass(frozen=True, slots=True)
 class _EventMark(Mark):
-    """An event on the stream that is current."""
+    """An event that takes the time."""
 
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)
-        self.event.record()
+    event: torch.cuda.Event
+
+    @classmethod
+    def on(cls, stream: torch.cuda.Stream) -> _EventMark:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return cls(event)
 
 
 class _Channel:
@@ -96,7 +104,8 @@ class CudaDevice(Device):
         torch.cuda.set_device(index)
         self.torch_device = torch.device("cuda", index)
         self.name = torch.cuda.get_device_name(index)
-        self.ops = FlashInferOps(shape, getattr(torch, dtype), block_size, self.torch_device)
+        ops = FusedOps if capability >= _FUSED_CAPABILITY else FlashInferOps
+        self.ops = ops(shape, getattr(torch, dtype), block_size, self.torch_device)
         self._driver = Driver()
         self._compute = torch.cuda.Stream(self.torch_device, priority=-1)
         self._copies = torch.cuda.Stream(self.torch_device)
@@ -123,7 +132,10 @@ class CudaDevice(Device):
 
     def submit_copies(self, work: Callable[[], None]) -> Completion:
         self._copies.wait_stream(self._compute)
-        return self._submit(self._copies, work)
+        submitted = self._submit(self._copies, work)
+        if self.on_copy is not None:
+            self.on_copy(Copy("tiers", None, _EventMark(submitted.start), _EventMark(submitted.end)))
+        return submitted
 
     def wait_for(self, completion: Completion) -> None:
         self._hold(self._compute, completion)
@@ -175,26 +187,24 @@ class CudaDevice(Device):
         stream = side.stream.cuda_stream
         driver.record_event(side.sent.cuda_event, compute)
         driver.wait_event(stream, side.sent.cuda_event)
-        self._copy(channel, "out", outward)
+        self._copy("out", channel, outward)
         driver.write_value(stream, self._flag_address(ready), value)
         driver.wait_value(stream, self._flag_address(done), value)
-        self._copy(channel, "back", back)
+        self._copy("back", channel, back)
         driver.record_event(side.back.cuda_event, stream)
         return _Exchange(driver, compute, side.back.cuda_event, (outward, back))
 
-    def _copy(self, channel: int, direction: Literal["out", "back"], transfer: Transfer) -> None:
+    def _copy(self, what: Literal["out", "back"], channel: int, transfer: Transfer) -> None:
         stream = self._channels[channel].stream
-        address = (transfer.target.data_ptr(), transfer.source.data_ptr())
-        if self.on_copy is None:
-            self._driver.copy(*address, _num_bytes(transfer), stream.cuda_stream)
-            return
-        with torch.cuda.stream(stream):
-            begin = self.mark()
-            self._driver.copy(*address, _num_bytes(transfer), stream.cuda_stream)
-            self.on_copy(Copy(channel, direction, begin, self.mark()))
+        begin = _EventMark.on(stream) if self.on_copy is not None else None
+        self._driver.copy(
+            transfer.target.data_ptr(), transfer.source.data_ptr(), _num_bytes(transfer), stream.cuda_stream
+        )
+        if self.on_copy is not None and begin is not None:
+            self.on_copy(Copy(what, channel, begin, _EventMark.on(stream)))
 
     def mark(self) -> Mark:
-        return _EventMark()
+        return _EventMark.on(torch.cuda.current_stream(self.torch_device))
 
     def times_ns(self, marks: Sequence[Mark]) -> list[int]:
         """Counted back from an event that the host sees pass; of some attempts, the one that it saw soonest."""

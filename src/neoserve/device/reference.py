@@ -119,10 +119,16 @@ class ReferenceDevice(Device):
     def submit_copies(self, work: Callable[[], None]) -> Completion:
         """In the order of the one stream: at once where it is the stream that submits."""
         if threading.current_thread() is not self._thread:
-            return self.submit(work)
-        item = _Work(work)
+            return self.submit(partial(self._copy_between_tiers, work))
+        item = _Work(partial(self._copy_between_tiers, work))
         item.do()
         return item
+
+    def _copy_between_tiers(self, work: Callable[[], None]) -> None:
+        begin = self.mark()
+        work()
+        if self.on_copy is not None:
+            self.on_copy(Copy("tiers", None, begin, self.mark()))
 
     def wait_for(self, completion: Completion) -> None:
         completion.wait()
@@ -140,15 +146,15 @@ class ReferenceDevice(Device):
     def exchange(
         self, channel: int, outward: Transfer, ready: Flag, done: Flag, value: int, back: Transfer
     ) -> Exchange:
-        self._copy(channel, "out", outward)
+        self._copy("out", channel, outward)
         _native.flag_raise(ready.address, value)
-        return _Exchange(done, value, self._flag_timeout_s, partial(self._copy, channel, "back", back))
+        return _Exchange(done, value, self._flag_timeout_s, partial(self._copy, "back", channel, back))
 
-    def _copy(self, channel: int, direction: Literal["out", "back"], transfer: Transfer) -> None:
+    def _copy(self, what: Literal["out", "back"], channel: int, transfer: Transfer) -> None:
         begin = self.mark()
         transfer.target.copy_(transfer.source)
         if self.on_copy is not None:
-            self.on_copy(Copy(channel, direction, begin, self.mark()))
+            self.on_copy(Copy(what, channel, begin, self.mark()))
 
     def mark(self) -> Mark:
         return _TimeMark(time.monotonic_ns())

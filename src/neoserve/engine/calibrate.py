@@ -151,8 +151,7 @@ class Calibration:
 
         def work() -> None:
             for first in range(0, num_rows, GROUP_ROWS):
-                group_BE = x_TE[first : first + GROUP_ROWS]
-                self._model.head(group_BE.clone(), group_BE.clone()).argmax(-1)
+                self._model.head(x_TE[first : first + GROUP_ROWS]).argmax(-1)
 
         return self._time_us(work)
 
@@ -186,8 +185,7 @@ class Calibration:
 
         def work() -> None:
             for layer in range(num_layers):
-                planned[0].append(k_TKD, v_TKD, kv_LN2KPD[layer])
-                planned[0].run(q_THD, kv_LN2KPD[layer], out_THD)
+                planned[0].run(q_THD, k_TKD, v_TKD, kv_LN2KPD[layer], out_THD)
 
         return self._time_us(work) / num_layers
 
@@ -299,10 +297,11 @@ class Calibration:
         request = Request("calibration", (0,), SamplingParams(temperature=0, max_tokens=2), (), 0.0)
         self._executor.add(request)
         block_ids = np.zeros(1, dtype=np.int32)
-        rows = Rows(request.request_id, 0, Tier.DEVICE, 1, 1, None, block_ids, (), True, 1)
+        prompt = Rows(request.request_id, 0, Tier.DEVICE, 0, 1, (0,), block_ids, (), True, 0)
+        decode = Rows(request.request_id, 0, Tier.DEVICE, 1, 1, None, block_ids, (), True, 1)
         times = []
         for turn in range(REPEATS + 1):
-            sub_batch = SubBatch(0, turn, (), (rows,), ())
+            sub_batch = SubBatch(0, turn, (), (decode,), ()) if turn else SubBatch(0, turn, (prompt,), (), ())
             starts = (0, *lap_steps[:-1])
             start_s = time.perf_counter()
             launched = [

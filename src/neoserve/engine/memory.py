@@ -5,6 +5,8 @@ Shape letters: T rows, H query heads, D head dim, N blocks, K kv heads, P tokens
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from neoserve.device.base import Device, PagedBatch
 from neoserve.execution.head import GROUP_ROWS
 from neoserve.execution.sampling import Draw, draw
 from neoserve.models.decoder import Decoder, split_qkv
+
+logger = logging.getLogger(__name__)
 
 REFERENCE_DEVICE_FRACTION = 0.25
 FRAGMENT_BYTES = 2**28
@@ -51,16 +55,25 @@ def device_kv_bytes(config: EngineConfig, device: Device, model: Decoder, num_ro
     total_bytes = device.total_bytes()
     used_bytes = total_bytes - device.free_bytes()
     ours = int(total_bytes * config.gpu_memory_utilization)
+    logger.info(
+        "GPU memory in GiB: %.2f of %.2f for NEO; in use with the model %.2f, largest lap %.2f, graphs %.2f",
+        *(count / 2**30 for count in (ours, total_bytes, used_bytes, lap_bytes, recorded_bytes)),
+    )
     return ours - used_bytes - lap_bytes - recorded_bytes - FRAGMENT_BYTES
 
 
 def _largest_lap_bytes(config: EngineConfig, device: Device, model: Decoder, num_rows: int) -> int:
     """Run the parts of the largest lap, which also loads their kernels; the memory that the allocator took for it."""
+    parts = (lambda: _run_layers(config, device, model, num_rows), lambda: _run_head(device, model))
+    return max(_reserved_bytes(device, part) for part in parts)
+
+
+def _reserved_bytes(device: Device, work: Callable[[], None]) -> int:
+    """What the allocator takes from the GPU for `work`."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(device.torch_device)
     torch.cuda.reset_peak_memory_stats(device.torch_device)
-    device.submit(lambda: _run_layers(config, device, model, num_rows)).wait()
-    device.submit(lambda: _run_head(device, model)).wait()
+    device.submit(work).wait()
     peak = torch.cuda.max_memory_reserved(device.torch_device)
     torch.cuda.empty_cache()
     return peak - before
@@ -85,8 +98,7 @@ def _run_layers(config: EngineConfig, device: Device, model: Decoder, num_rows: 
         qkv_TCD, residual_TE = layer.before_attention(x_TE, residual_TE, positions_T)
         attn_THD = x_TE.new_empty(batch.num_rows, shape.num_query_heads, shape.head_dim)
         q_THD, k_TKD, v_TKD = split_qkv(qkv_TCD, shape)
-        attention.append(k_TKD, v_TKD, kv_N2KPD)
-        attention.run(q_THD, kv_N2KPD, attn_THD)
+        attention.run(q_THD, k_TKD, v_TKD, kv_N2KPD, attn_THD)
         x_TE, residual_TE = layer.after_attention(attn_THD, residual_TE)
 
 
@@ -103,7 +115,7 @@ def _run_head(device: Device, model: Decoder) -> None:
     """A group of sampled rows whose draws sort the whole vocabulary."""
     torch_device = device.torch_device
     x_BE = model.embed(torch.zeros(GROUP_ROWS, dtype=torch.int64, device=torch_device))
-    logits_BV = model.head(x_BE, x_BE.clone())
+    logits_BV = model.head(x_BE)
     columns_B5 = torch.tensor([1.0, 1.0, -torch.inf, model.shape.vocab_size, 0.9], device=torch_device)
     keys_B = torch.zeros(GROUP_ROWS, dtype=torch.int64, device=torch_device)
     draw(logits_BV, Draw(keys_B, columns_B5.expand(GROUP_ROWS, 5), True, model.shape.vocab_size, False))

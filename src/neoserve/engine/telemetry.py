@@ -23,7 +23,9 @@ from neoserve.execution.issue import OnStage
 from neoserve.scheduling.cost import Kind, Load
 
 LANES = ("iterations", "compute", "sub-batch 0", "sub-batch 1", "copies", "workers")
+_COPIES = {"out": "q k v out", "back": "output back", "tiers": "KV between tiers"}
 _WORK = frozenset(Op) - {Op.SEND, Op.RECV}  # what the compute stream does itself; RECV waits, SEND goes beside it
+_STAGES_OF_RECORDED_LAP = 3  # EMBED, HEAD and the end
 
 
 class Observer(Protocol):
@@ -139,6 +141,7 @@ class Trace:
         if not self._first < self._num_seen <= self._stop:
             return None
         traced = self._traced[plan.iteration] = _Traced(plan)
+        self._device.on_copy = self._copies.append  # migrations go before the stages
 
         def on_stage(stage: Stage | None) -> None:
             self._device.on_copy = None if stage is None else self._copies.append
@@ -164,25 +167,27 @@ class Trace:
 
         Waits until the device is idle. Raises `OSError` when the file cannot be written.
         """
+        self._device.on_copy = None
         events = [*_lane_names(), *self._events()]
         path.write_text(json.dumps({"displayTimeUnit": "ms", "otherData": dict(facts), "traceEvents": events}))
         return len(self._traced)
 
     def _events(self) -> Iterator[dict[str, Any]]:
-        stage_marks = [mark for traced in self._traced.values() for _, mark in traced.stages]
+        followed = [traced for traced in self._traced.values() if traced.stages]
+        stage_marks = [mark for traced in followed for _, mark in traced.stages]
         copy_marks = [mark for copy in self._copies for mark in (copy.begin, copy.end)]
         if not stage_marks:
             return
         times_ns = self._device.times_ns(stage_marks + copy_marks)
-        start_ns, stop_ns = min(times_ns), max(times_ns)
+        start_ns, stop_ns = (bound(times_ns[: len(stage_marks)]) for bound in (min, max))
         stage_ns, copy_ns = iter(times_ns), iter(times_ns[len(stage_marks) :])
-        for traced in self._traced.values():
+        for traced in followed:
             at_us = [(next(stage_ns) - start_ns) / 1e3 for _ in traced.stages]
             yield from _iteration_events(traced, at_us)
         for copy in self._copies:
             begin_us, end_us = ((next(copy_ns) - start_ns) / 1e3 for _ in range(2))
-            what = "q k v out" if copy.direction == "out" else "output back"
-            yield _span("copies", what, begin_us, end_us, sub_batch=copy.channel)
+            if begin_us >= 0:  # one before the first stage belongs to an iteration that is not followed
+                yield _span("copies", _COPIES[copy.what], begin_us, end_us, sub_batch=copy.channel)
         for lap in self._host_laps.values():
             for layer, begin_ns, end_ns in lap.layers.tolist():
                 if start_ns <= begin_ns <= end_ns <= stop_ns:
@@ -212,10 +217,11 @@ def _iteration_events(traced: _Traced, at_us: list[float]) -> Iterator[dict[str,
     times = {"predicted_us": round(plan.predicted_us, 1), "measured_us": round(traced.elapsed_us, 1)}
     yield _span("iterations", f"iteration {plan.iteration}", at_us[0], at_us[-1], iteration=plan.iteration, **times)
     yield {"ph": "C", "name": "iteration", "pid": 1, "ts": round(at_us[0], 3), "args": times}
+    is_recorded = len(traced.stages) == _STAGES_OF_RECORDED_LAP
     for (stage, _), begin_us, end_us in zip(traced.stages, at_us, at_us[1:], strict=False):
         assert stage is not None
         about = {"layer": stage.layer, "sub_batch": stage.sub_batch, "iteration": plan.iteration}
-        name = f"{stage.op.value} {stage.layer}"
+        name = "recorded lap" if is_recorded and stage.op is Op.EMBED else f"{stage.op.value} {stage.layer}"
         yield _span(f"sub-batch {stage.sub_batch}", name, begin_us, end_us, **about)
         if stage.op in _WORK:
             yield _span("compute", name, begin_us, end_us, **about)

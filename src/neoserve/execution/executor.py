@@ -16,7 +16,7 @@ from neoserve.core.request import Request
 from neoserve.device.base import Completion, Device
 from neoserve.execution.graphs import Graphs
 from neoserve.execution.handoff import HandOff
-from neoserve.execution.issue import OnStage, arm, issue
+from neoserve.execution.issue import OnStage, arm, issue, replay
 from neoserve.execution.kv_store import KVStore
 from neoserve.execution.lap import Lap, Sequence, Workshop
 from neoserve.execution.moves import Moves
@@ -119,8 +119,7 @@ class Executor:
             if earlier is not None:
                 device.wait_for(earlier)
             if lone_lap is not None and recording is not None:
-                lone_lap.replay(recording)
-                lone_lap.head()
+                replay(lone_lap, recording, self.config.shape.num_layers, on_stage)
             else:
                 issue(stages, laps, on_stage)
 

@@ -29,7 +29,7 @@ from neoserve.models.decoder import Decoder, split_qkv
 
 logger = logging.getLogger(__name__)
 
-LAP_BUCKETS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
+LAP_BUCKETS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128)
 STAGE_BUCKETS = (8, 16, 32, 48, 64, 96, 128, 192, 256)
 """Rows beyond the largest keep a GPU busy for longer than it takes to enqueue them kernel by kernel."""
 MAX_RECORD_S = 25.0
@@ -85,7 +85,7 @@ class RecordedLinear:
     def __init__(self, rows: Rows, steps: Sequence[Replay]) -> None:
         self._rows = rows
         self._steps = steps
-        self.x_TE, self.residual_TE = rows.x_TE, rows.residual_TE
+        self.x_TE = rows.x_TE
         self.qkv_TCD, self.attn_THD = rows.qkv_TCD, rows.attn_THD
 
     def embed(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> None:
@@ -175,7 +175,7 @@ class LapGraphs:
         return _bucket(sorted(self._laps), num_sequences) is not None
 
     def replay(self, batch: PagedBatch, slots_B: torch.Tensor, positions_B: torch.Tensor) -> Linear:
-        """Enqueue the lap of a decode batch, whose sequences' last ids lie in `slots_B`; what it leaves for the HEAD."""
+        """Enqueue the lap of a decode batch whose sequences have `slots_B`; what it leaves for the HEAD."""
         num_sequences = batch.num_sequences
         size = _bucket(sorted(self._laps), num_sequences)
         assert size is not None, "ask `holds` first"
@@ -194,11 +194,9 @@ class LapGraphs:
             linear.pre(layer)
             q_THD, k_TKD, v_TKD = split_qkv(linear.qkv_TCD, shape)
             kv_N2KPD = self._store.device_LN2KPD[layer]
-            attention.append(k_TKD, v_TKD, kv_N2KPD)
-            attention.run(q_THD, kv_N2KPD, linear.attn_THD)
+            attention.run(q_THD, k_TKD, v_TKD, kv_N2KPD, linear.attn_THD)
             linear.post(layer)
         rows.x_TE.copy_(linear.x_TE)
-        rows.residual_TE.copy_(linear.residual_TE)
 
 
 class Graphs:

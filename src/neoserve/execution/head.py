@@ -36,17 +36,16 @@ class Head:
     def run(
         self,
         x_TE: torch.Tensor,
-        residual_TE: torch.Tensor,
         sampling: Sequence[Rows],
         sampling_rows: torch.Tensor,
         state: SamplingState,
         last_ids_S: torch.Tensor,
     ) -> None:
         """Sample the rows `sampling_rows` (int64, on the device) for `sampling`, one each, into `last_ids_S`."""
-        self._prompt_rows(x_TE, residual_TE)
+        self._prompt_rows(x_TE)
         for first in range(0, len(sampling), GROUP_ROWS):
             group = sampling[first : first + GROUP_ROWS]
-            logits_BV = self._model.head(x_TE, residual_TE, sampling_rows[first : first + GROUP_ROWS])
+            logits_BV = self._model.head(x_TE, sampling_rows[first : first + GROUP_ROWS])
             batch = state.batch(group)
             ids_B = state.sample(logits_BV, batch)
             last_ids_S[batch.slots_B] = ids_B
@@ -58,7 +57,7 @@ class Head:
                 found = found.to_host(self._device.download)
             self._logprobs.append(found)
 
-    def _prompt_rows(self, x_TE: torch.Tensor, residual_TE: torch.Tensor) -> None:
+    def _prompt_rows(self, x_TE: torch.Tensor) -> None:
         """Log-probabilities of the prompts' own tokens: row i says what follows token i."""
         first_row = 0
         for rows in self._sub_batch.prefill:
@@ -68,7 +67,7 @@ class Head:
                 row_ids = np.arange(first_row, first_row + len(targets), dtype=np.int64)
                 groups = range(0, len(targets), GROUP_ROWS)
                 self._prompt_logprobs[rows.request_id] = [
-                    self._prompt_group(x_TE, residual_TE, row_ids[group], targets[group], num_top)
+                    self._prompt_group(x_TE, row_ids[group], targets[group], num_top)
                     for group in (slice(first, first + GROUP_ROWS) for first in groups)
                 ]
             first_row += rows.count
@@ -76,13 +75,12 @@ class Head:
     def _prompt_group(
         self,
         x_TE: torch.Tensor,
-        residual_TE: torch.Tensor,
         row_ids: np.ndarray,
         targets: Sequence[int],
         num_top: int,
     ) -> Logprobs:
         upload = self._device.upload
-        logits_BV = self._model.head(x_TE, residual_TE, upload(row_ids))
+        logits_BV = self._model.head(x_TE, upload(row_ids))
         found = token_logprobs(logits_BV, upload(np.array(targets, dtype=np.int64)), num_top)
         return found.to_host(self._device.download)
 

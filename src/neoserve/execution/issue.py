@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from neoserve.core.program import Op, Stage
+from neoserve.execution.graphs import LapGraphs
 from neoserve.execution.lap import Lap
 
 OnStage = Callable[[Stage | None], None]
@@ -39,5 +40,17 @@ def issue(stages: Iterable[Stage], laps: Mapping[int, Lap], on_stage: OnStage | 
                 lap.post(stage.layer)
             case Op.HEAD:
                 lap.head()
+    if on_stage is not None:
+        on_stage(None)
+
+
+def replay(lap: Lap, recording: LapGraphs, num_layers: int, on_stage: OnStage | None = None) -> None:
+    """As `issue`, a whole lap by its recording, and HEAD; EMBED is all that the hook is told of the recording."""
+    if on_stage is not None:
+        on_stage(Stage(Op.EMBED, 0, lap.sub_batch.index))
+    lap.replay(recording)
+    if on_stage is not None:
+        on_stage(Stage(Op.HEAD, num_layers - 1, lap.sub_batch.index))
+    lap.head()
     if on_stage is not None:
         on_stage(None)

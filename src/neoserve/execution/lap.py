@@ -156,8 +156,7 @@ class Lap:
         kv_N2KPD = self._shop.store.device_LN2KPD[layer]
         for rows, attention in self._device_groups:
             q_THD, k_TKD, v_TKD = split_qkv(linear.qkv_TCD[rows], shape)
-            attention.append(k_TKD, v_TKD, kv_N2KPD)
-            attention.run(q_THD, kv_N2KPD, linear.attn_THD[rows])
+            attention.run(q_THD, k_TKD, v_TKD, kv_N2KPD, linear.attn_THD[rows])
         if self._staged is not None:
             rows, staged = self._staged
             staged.attend(layer, *split_qkv(linear.qkv_TCD[rows], shape), linear.attn_THD[rows])
@@ -176,7 +175,6 @@ class Lap:
         shop, linear = self._shop, self._linear
         self._head.run(
             linear.x_TE,
-            linear.residual_TE,
             self._inputs.sampling,
             self._sampling_rows,
             shop.sampling,

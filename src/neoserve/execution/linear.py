@@ -15,8 +15,8 @@ from neoserve.models.decoder import Decoder
 class Linear(Protocol):
     """The linear work of one lap's rows, on the stream: `embed`, then `pre` and `post` of each layer in turn.
 
-    qkv_TCD: what `pre` made. attn_THD: where attention writes, and what `post` reads. x_TE, residual_TE: what the last
-    `post` left for the head, which may overwrite them.
+    qkv_TCD: what `pre` made. attn_THD: where attention writes, and what `post` reads. x_TE: what the last `post` left
+    for the head.
     """
 
     @property
@@ -27,9 +27,6 @@ class Linear(Protocol):
 
     @property
     def x_TE(self) -> torch.Tensor: ...
-
-    @property
-    def residual_TE(self) -> torch.Tensor: ...
 
     def embed(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> None:
         """Begin with rows of these tokens (int64) at these positions (int64)."""

@@ -38,8 +38,7 @@ class StagedPrefill:
         else:
             self._store.wait_for_area(layer)
         area = self._store.staging(layer)
-        self._attention.append(k_TKD, v_TKD, area)
-        self._attention.run(q_THD, area, out_THD)
+        self._attention.run(q_THD, k_TKD, v_TKD, area, out_THD)
         self._store.store_staging(layer, self._store_staging, self._store_host)
 
     def _load(self, layer: int) -> None:

@@ -1,6 +1,7 @@
 """The operations of a decoder layer, as every device offers them.
 
-Two implementations: `kernels/flashinfer_ops.py` (an NVIDIA GPU) and `kernels/reference.py` (readable torch on the CPU).
+Implementations: `kernels/flashinfer_ops.py` (an NVIDIA GPU), `kernels/fused_ops.py` (the same, with kernels of our own
+for laps of few rows) and `kernels/reference.py` (readable torch on the CPU).
 
 Shape letters: T rows, B sequences, H query heads, K kv heads, D head dim, E model dim, F ffn dim, N blocks,
 P tokens per block. The device's KV of one layer is `kv_N2KPD`: K at index 0, V at index 1.
@@ -14,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +44,16 @@ class PagedBatch:
 class PagedAttention(Protocol):
     """One `PagedBatch` planned for a device: built once a lap, run once a layer."""
 
-    def append(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_N2KPD: torch.Tensor) -> None:
-        """Write the rows' k and v at their places in the paged KV."""
-
-    def run(self, q_THD: torch.Tensor, kv_N2KPD: torch.Tensor, out_THD: torch.Tensor) -> None:
-        """Causal attention of the rows over their sequences' KV, softmax scale D**-0.5, into `out_THD`."""
+    def run(
+        self,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        kv_N2KPD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
+        """Write the rows' k and v at their places in the paged KV; causal attention of the rows over their sequences'
+        KV, softmax scale D**-0.5, into `out_THD`. q, k and v may be views of fused rows."""
 
 
 class DecodePlans(Protocol):
@@ -62,8 +69,80 @@ class DecodePlans(Protocol):
         """Plan `bucket(batch.num_sequences)` for a decode batch; rows that fill it up write to the padding block."""
 
 
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What makes q, k and v of fused rows: H query heads, K kv heads, their norms if any, and rope.
+
+    norms: weights [D] of the q heads' norm and of the k heads', `None` without. cache_PD: as of `Ops.rope`.
+    next_weight: of the linear layer that comes after attention, which a device may fetch ahead.
+    """
+
+    num_query_heads: int
+    num_kv_heads: int
+    norms: tuple[torch.Tensor, torch.Tensor] | None
+    norm_eps: float
+    cache_PD: torch.Tensor
+    next_weight: torch.Tensor
+
+    def split(self, qkv_TCD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Views q_THD, k_TKD and v_TKD of fused rows."""
+        sizes = [self.num_query_heads, self.num_kv_heads, self.num_kv_heads]
+        q_THD, k_TKD, v_TKD = torch.split(qkv_TCD, sizes, dim=-2)
+        return q_THD, k_TKD, v_TKD
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """An RMS norm. next_weight: of the linear layer that reads its result, which a device may fetch ahead."""
+
+    weight_E: torch.Tensor
+    eps: float
+    next_weight: torch.Tensor
+
+
 class Ops(ABC):
-    """The operations of a decoder layer on one device. Tensors are on the device, in the model's dtype."""
+    """The operations of a decoder layer on one device. Tensors are on the device, in the model's dtype.
+
+    Those that begin with a linear layer (weights are [out, in], biases may be `None`) are made of the others here; a
+    device that can do better overrides them.
+    """
+
+    def linear_heads(
+        self,
+        x_TE: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        heads: Heads,
+        positions_T: torch.Tensor,
+    ) -> torch.Tensor:
+        """`qkv_TCD`, contiguous: q heads, then k heads, both normed and rotated, then v heads."""
+        head_dim = heads.cache_PD.shape[1]
+        qkv_TCD = functional.linear(x_TE, weight, bias).view(x_TE.shape[0], -1, head_dim)
+        q_THD, k_TKD, _ = heads.split(qkv_TCD)
+        if heads.norms is not None:
+            for x, norm_D in zip((q_THD, k_TKD), heads.norms, strict=True):
+                x.copy_(self.rms_norm(x, norm_D, heads.norm_eps))
+        self.rope(q_THD, k_TKD, positions_T, heads.cache_PD)
+        return qkv_TCD
+
+    def linear_add_rms_norm(
+        self,
+        x_TF: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual_TE: torch.Tensor,
+        norm: Norm,
+    ) -> torch.Tensor:
+        """residual += linear(x) in place; returns rms_norm(residual)."""
+        return self.add_rms_norm(functional.linear(x_TF, weight, bias), residual_TE, norm.weight_E, norm.eps)
+
+    def linear_silu_and_mul(self, x_TE: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """silu_and_mul(linear(x))."""
+        return self.silu_and_mul(functional.linear(x_TE, weight, bias))
+
+    def logits(self, x_TE: torch.Tensor, head_VE: torch.Tensor) -> torch.Tensor:
+        """linear(x) as float32."""
+        return functional.linear(x_TE, head_VE).float()
 
     @abstractmethod
     def rms_norm(self, x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:

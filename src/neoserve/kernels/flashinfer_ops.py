@@ -14,7 +14,7 @@ import torch
 
 from neoserve.core.config import ModelShape
 from neoserve.core.errors import ConfigError, UnsupportedModelError
-from neoserve.kernels.base import Ops, PagedAttention, PagedBatch
+from neoserve.kernels.base import DecodePlans, Ops, PagedAttention, PagedBatch
 from neoserve.kernels.block_copy import copy_blocks
 from neoserve.kernels.flashinfer_setup import flashinfer
 from neoserve.kernels.paged_attention import DecodeBuckets, PagedGeometry, PlannedAttention, Planner
@@ -65,7 +65,7 @@ class FlashInferOps(Ops):
         weakref.finalize(attention, idle.append, planner)
         return attention
 
-    def decode_plans(self, sizes: tuple[int, ...], max_blocks: int, padding_block: int) -> DecodeBuckets:
+    def decode_plans(self, sizes: tuple[int, ...], max_blocks: int, padding_block: int) -> DecodePlans:
         return DecodeBuckets(self._geometry, self._workspace, sizes, max_blocks, padding_block)
 
     def blocks_to_host(

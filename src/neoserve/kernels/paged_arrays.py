@@ -6,7 +6,8 @@ filled with a prefix. All values are int32. Letters: B sequences, T rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,12 +35,17 @@ class PagedArrays:
     block_ids: torch.Tensor
 
 
-def _spans(num_sequences: int, num_rows: int, num_blocks: int) -> Iterator[slice]:
+def aligned_spans(sizes: Iterable[int]) -> Iterator[slice]:
+    """Where arrays of these sizes lie in a buffer of int32."""
     start = 0
-    b, t = num_sequences, num_rows
-    for size in (b + 1, b + 1, b, b, t, t, num_blocks):
+    for size in sizes:
         yield slice(start, start + size)
         start += -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _spans(num_sequences: int, num_rows: int, num_blocks: int) -> Iterator[slice]:
+    b, t = num_sequences, num_rows
+    return aligned_spans((b + 1, b + 1, b, b, t, t, num_blocks))
 
 
 def buffer_size(num_sequences: int, num_rows: int, num_blocks: int) -> int:
@@ -64,6 +70,14 @@ def fill(arrays: PagedArrays, batch: PagedBatch, block_size: int) -> None:
     arrays.row_sequences.numpy()[:] = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     arrays.row_positions.numpy()[:] = np.arange(batch.num_rows, dtype=np.int32) + np.repeat(first_position, counts)
     arrays.block_ids.numpy()[:] = batch.block_ids
+
+
+def bucket_size(sizes: Sequence[int], num_sequences: int) -> int:
+    """The smallest of the growing `sizes` that `num_sequences` fit in; raises ValueError when none does."""
+    index = bisect_left(sizes, num_sequences)
+    if index == len(sizes):
+        raise ValueError(f"{num_sequences} sequences; the largest bucket is {sizes[-1]}")
+    return sizes[index]
 
 
 def pad_decode(batch: PagedBatch, num_sequences: int, padding_block: int) -> PagedBatch:

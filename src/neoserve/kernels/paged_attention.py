@@ -16,12 +16,12 @@ import torch
 
 from neoserve.kernels.base import PagedBatch
 from neoserve.kernels.flashinfer_setup import flashinfer
-from neoserve.kernels.paged_arrays import PagedArrays, buffer_size, fill, pad_decode, views
+from neoserve.kernels.paged_arrays import PagedArrays, bucket_size, buffer_size, fill, pad_decode, views
 
 _LAYOUT = "HND"
 _CUDA_CORE_GROUPS = (1, 2, 3)
 """GQA groups that decode without tensor cores: they fill too little of a matrix tile."""
-_LARGEST_BUCKET = 256
+_LARGEST_BUCKET = 128
 """Sequences of the largest decode graph; what the workspace must hold partial results for."""
 _PREFILL_TILE = 128
 _INT_WORKSPACE_BYTES = 2**20
@@ -47,13 +47,15 @@ class PagedGeometry:
         """Memory for the partial results of split sequences, shared by all plans: their runs are in one stream.
 
         FlashInfer splits work into at most two thread blocks a multiprocessor, except that a captured decode counts
-        at least one for each sequence and kv head; each has fp32 results and a log-sum-exp for a tile of rows.
+        as many tiles as its rows could take, whatever sequences they belong to; each has fp32 results and a
+        log-sum-exp for a tile of rows.
         """
         properties = torch.cuda.get_device_properties(device)
         blocks = -(-2 * properties.multi_processor_count // self.num_kv_heads)
         group = self.num_query_heads // self.num_kv_heads
         decode_tile = 16 if group <= 16 and properties.major >= 8 else 64
-        rows = max(blocks * _PREFILL_TILE, max(blocks, _LARGEST_BUCKET) * decode_tile)
+        captured = -(-_LARGEST_BUCKET * group // decode_tile) + _LARGEST_BUCKET - 1
+        rows = max(blocks * _PREFILL_TILE, captured * decode_tile)
         num_bytes = 4 * rows * self.num_query_heads * (self.head_dim + 1) + 2**20
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
 
@@ -110,10 +112,15 @@ class PlannedAttention:
         self._planner = planner
         self._arrays = arrays
 
-    def append(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_N2KPD: torch.Tensor) -> None:
+    def run(
+        self,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        kv_N2KPD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
         _append(self._arrays, k_TKD, v_TKD, kv_N2KPD)
-
-    def run(self, q_THD: torch.Tensor, kv_N2KPD: torch.Tensor, out_THD: torch.Tensor) -> None:
         self._planner.wrapper.run(q_THD, kv_N2KPD, out=out_THD)
 
 
@@ -151,10 +158,7 @@ class DecodeBuckets:
 
     def bucket(self, num_sequences: int) -> DecodeBucket:
         """The smallest bucket that `num_sequences` fit in; raises ValueError when none does."""
-        for size in self.sizes:
-            if size >= num_sequences:
-                return self._buckets[size]
-        raise ValueError(f"{num_sequences} sequences; the largest bucket is {self.sizes[-1]}")
+        return self._buckets[bucket_size(self.sizes, num_sequences)]
 
     def plan(self, batch: PagedBatch) -> DecodeBucket:
         """Plan the bucket that fits, in place, on the current stream."""
@@ -219,10 +223,15 @@ class DecodeBucket:
             self._wrapper.plan(*arguments, **dtypes)
             self._is_planned = True
 
-    def append(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_N2KPD: torch.Tensor) -> None:
+    def run(
+        self,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        kv_N2KPD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
         _append(self._arrays, k_TKD, v_TKD, kv_N2KPD)
-
-    def run(self, q_THD: torch.Tensor, kv_N2KPD: torch.Tensor, out_THD: torch.Tensor) -> None:
         self._wrapper.run(q_THD, kv_N2KPD, out=out_THD)
 
 

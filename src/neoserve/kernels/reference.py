@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from neoserve.kernels.base import DecodePlans, Ops, PagedAttention, PagedBatch
-from neoserve.kernels.paged_arrays import pad_decode
+from neoserve.kernels.paged_arrays import bucket_size, pad_decode
 
 
 class ReferenceOps(Ops):
@@ -85,14 +85,22 @@ class ReferenceAttention:
         self._block_ids = torch.from_numpy(batch.block_ids.astype(np.int64))
         self._batch = batch
 
-    def append(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_N2KPD: torch.Tensor) -> None:
+    def _append(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_N2KPD: torch.Tensor) -> None:
         block_size = kv_N2KPD.shape[3]
         block_T = self._block_ids[self._block_start_T + self._position_T // block_size]
         offset_T = self._position_T % block_size
         kv_N2KPD[block_T, 0, :, offset_T] = k_TKD
         kv_N2KPD[block_T, 1, :, offset_T] = v_TKD
 
-    def run(self, q_THD: torch.Tensor, kv_N2KPD: torch.Tensor, out_THD: torch.Tensor) -> None:
+    def run(
+        self,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        kv_N2KPD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
+        self._append(k_TKD, v_TKD, kv_N2KPD)
         batch = self._batch
         for index, length in enumerate(batch.lengths.tolist()):
             rows = slice(int(batch.row_start[index]), int(batch.row_start[index + 1]))
@@ -106,11 +114,15 @@ class ReferenceBucket:
     def __init__(self) -> None:
         self.planned = ReferenceAttention(_NO_ROWS)
 
-    def append(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_N2KPD: torch.Tensor) -> None:
-        self.planned.append(k_TKD, v_TKD, kv_N2KPD)
-
-    def run(self, q_THD: torch.Tensor, kv_N2KPD: torch.Tensor, out_THD: torch.Tensor) -> None:
-        self.planned.run(q_THD, kv_N2KPD, out_THD)
+    def run(
+        self,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        kv_N2KPD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
+        self.planned.run(q_THD, k_TKD, v_TKD, kv_N2KPD, out_THD)
 
 
 class ReferencePlans:
@@ -122,18 +134,12 @@ class ReferencePlans:
         self._buckets = {size: ReferenceBucket() for size in self.sizes}
 
     def bucket(self, num_sequences: int) -> ReferenceBucket:
-        return self._buckets[self._size(num_sequences)]
+        return self._buckets[bucket_size(self.sizes, num_sequences)]
 
     def plan(self, batch: PagedBatch) -> ReferenceBucket:
-        size = self._size(batch.num_sequences)
+        size = bucket_size(self.sizes, batch.num_sequences)
         self._buckets[size].planned = ReferenceAttention(pad_decode(batch, size, self._padding_block))
         return self._buckets[size]
-
-    def _size(self, num_sequences: int) -> int:
-        fitting = [size for size in self.sizes if size >= num_sequences]
-        if not fitting:
-            raise ValueError(f"{num_sequences} sequences; the largest bucket is {self.sizes[-1]}")
-        return fitting[0]
 
 
 _NO_ROWS = PagedBatch(*(np.zeros(size, dtype=np.int32) for size in (1, 1, 0, 0)))

@@ -242,7 +242,7 @@ class CostModel:
         for span in program_spans:
             device_us += self._device_us(span, costs[span.sub_batch])
             host_us += self._host_tasks(span) * costs[span.sub_batch].host_us
-            launch_us += self._launch_us(span, loads[span.sub_batch])
+            launch_us += self._launch_us(span, loads[span.sub_batch], alone=len(program_spans) == 1)
         table_us = max(walk_us(self._num_layers, program_spans, *costs), host_us, launch_us)
         kind = Kind.of(
             pipelined=any(span.has_host for span in program_spans),
@@ -316,9 +316,9 @@ class CostModel:
         """Layers that a span sends to the worker pool."""
         return (span.num_steps - (span.stop_step == self._num_layers + 1)) * span.has_host
 
-    def _launch_us(self, span: Span, load: Load) -> float:
-        """Enqueueing: a whole lap of nothing but device decodes replays a graph, all else goes stage by stage."""
-        if span.num_steps == self._num_layers + 1 and not span.has_host and not load.prefill_rows:
+    def _launch_us(self, span: Span, load: Load, *, alone: bool) -> float:
+        """Enqueueing: an iteration of one whole lap of device decodes replays a graph, all else goes by stages."""
+        if alone and span.num_steps == self._num_layers + 1 and not span.has_host and not load.prefill_rows:
             return self.table.graph_launch_us
         return span.num_steps * (5 if span.has_host else 3) * self.table.launch_us
 

@@ -67,7 +67,7 @@ def print_curve(outcomes: Sequence[Outcome]) -> None:
         table.add_row(
             name,
             *(f"{value:.1f} / {first[rate]:.0f}" for rate, value in points),
-            "-" if sustained is None else f"{sustained:.3g}/s",
+            "-" if sustained is None else f"{'at least ' if sustained == points[-1][0] else ''}{sustained:.3g}/s",
         )
     Console(highlight=False).print(table)
 

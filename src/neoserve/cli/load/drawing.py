@@ -14,10 +14,10 @@ from neoserve.engine.telemetry import LANES
 
 _LANES = tuple(lane for lane in LANES if lane not in ("iterations", "compute"))
 _COLOURS = {
-    Op.EMBED.value: "#9aa5b1", Op.PRE.value: "#4c78a8", Op.SEND.value: "#e45756", Op.ATTEND.value: "#54a24b",
-    Op.RECV.value: "#d8d8d8", Op.POST.value: "#2f5b8c", Op.HEAD.value: "#9aa5b1",
+    Op.EMBED.value: "#9aa5b1", Op.PRE.value: "#6a9bd1", Op.SEND.value: "#e45756", Op.ATTEND.value: "#54a24b",
+    Op.RECV.value: "#d8d8d8", Op.POST.value: "#8fb3dd", Op.HEAD.value: "#9aa5b1",
 }  # fmt: skip
-_OTHER_COLOURS = {"copies": "#e45756", "workers": "#f2a541"}
+_OTHER_COLOURS = {"sub-batch 0": "#9aa5b1", "sub-batch 1": "#9aa5b1", "copies": "#e45756", "workers": "#f2a541"}
 _LEAST_LABELLED = 0.03
 """Of the picture's width: narrower bars have no room for a name."""
 
@@ -56,30 +56,35 @@ def read_trace(path: Path) -> list[Bar]:
 def window(bars: Sequence[Bar], num_layers: int, iteration: int | None = None) -> tuple[float, float]:
     """Where to look: `num_layers` layers in the middle of one iteration, of the sub-batch that goes through fewer.
 
-    Without `iteration`, the one of median length is taken, of those with host rows if there are any.
-
-    Raises `ConfigError` when the trace has no such iteration.
+    Without `iteration`, it is the one of median length, of those with host rows in two sub-batches if there are any,
+    else with host rows. Raises `ConfigError` when no iteration has so many layers.
     """
-    pipelined = {bar.about["iteration"] for bar in bars if _op(bar) == Op.SEND.value}
-    candidates = sorted((bar for bar in bars if bar.lane == "iterations"), key=lambda bar: bar.length_us)
-    if iteration is not None:
-        candidates = [bar for bar in candidates if bar.about["iteration"] == iteration]
-    elif pipelined:
-        candidates = [bar for bar in candidates if bar.about["iteration"] in pipelined]
-    if not candidates:
-        raise ConfigError(f"the timeline has no iteration {iteration}")
-    chosen = candidates[len(candidates) // 2].about["iteration"]
-    sides: dict[int, list[float]] = {}  # when each layer of a sub-batch begins, in order
+    begins: dict[int, dict[int, list[float]]] = {}  # of the layers, by iteration and sub-batch, in order
+    sending: set[int] = set()
     for bar in bars:
-        if _op(bar) == Op.PRE.value and bar.about["iteration"] == chosen:
+        if _op(bar) == Op.PRE.value:
+            sides = begins.setdefault(bar.about["iteration"], {})
             sides.setdefault(bar.about["sub_batch"], []).append(bar.begin_us)
-    begins = min((times for times in sides.values() if len(times) > num_layers), key=len, default=[])
-    if not begins:
+        elif _op(bar) == Op.SEND.value:
+            sending.add(bar.about["iteration"])
+    lengths = {bar.about["iteration"]: bar.length_us for bar in bars if bar.lane == "iterations"}
+    fitting = [
+        number
+        for number, sides in begins.items()
+        if iteration in (None, number) and any(len(times) > num_layers for times in sides.values())
+    ]
+    if not fitting:
+        which = "no iteration" if iteration is None else f"no iteration {iteration}"
         raise ConfigError(
-            f"no sub-batch goes through more than {num_layers} layers in iteration {chosen}; lower --layers"
+            f"the timeline has {which} with more than {num_layers} layers (a recorded lap shows none); lower --layers, "
+            "or trace a run with prompts or host rows"
         )
-    first = (len(begins) - num_layers) // 2
-    return begins[first], begins[first + num_layers]
+    most = max((number in sending, len(begins[number])) for number in fitting)
+    typical = [number for number in fitting if (number in sending, len(begins[number])) == most]
+    chosen = sorted(typical, key=lambda number: lengths[number])[len(typical) // 2]
+    times = min((times for times in begins[chosen].values() if len(times) > num_layers), key=len)
+    first = (len(times) - num_layers) // 2
+    return times[first], times[first + num_layers]
 
 
 def draw_timeline(bars: Sequence[Bar], begin_us: float, end_us: float, path: Path, title: str) -> None:
@@ -108,7 +113,8 @@ def draw_timeline(bars: Sequence[Bar], begin_us: float, end_us: float, path: Pat
 
 def _op(bar: Bar) -> str | None:
     """The op of a stage on its sub-batch's lane; `None` for other bars."""
-    return bar.name.split()[0] if bar.lane.startswith("sub-batch") else None
+    op = bar.name.split()[0]
+    return op if bar.lane.startswith("sub-batch") and op in _COLOURS else None
 
 
 def _label(bar: Bar) -> str:

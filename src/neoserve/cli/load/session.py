@@ -128,10 +128,14 @@ class Session:
         log = IterationLog(config.shape.num_layers, trace)
         core.observer = log
         requests = case.workload.requests(config.shape.vocab_size, self._config.seed, f"{len(self.outcomes)}-")
+        gc.collect()
+        gc.freeze()  # what is there stays there, and need not be looked through during the run
         try:
             run = drive(core, requests, case.due_s, options.time_limit_s)
         except RequestTooLongError as error:
             raise ConfigError(f"workload {case.workload.name} does not fit mode {mode.name}: {error}") from None
+        finally:
+            gc.unfreeze()
         outcome = Outcome(mode, case, figures(run, log.iterations, config, ceilings))
         self.outcomes.append(outcome)
         print(summary(outcome), flush=True)

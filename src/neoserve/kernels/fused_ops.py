@@ -1,0 +1,101 @@
+"""The operations of a decoder layer on an NVIDIA GPU, with kernels of our own for laps of few rows.
+
+Linear layers of few rows leave partial sums that the operation after them adds up, and small kernels fetch the
+beginning of the next weight meanwhile (`skinny_linear`, `row_kernels`). Laps of more rows, and sizes that the kernels
+cannot tile, take FlashInfer and cuBLAS.
+
+Shape letters: T rows, E model dim, F ffn dim, V vocabulary, C fused heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from neoserve.core.config import ModelShape
+from neoserve.kernels.base import DecodePlans, Heads, Norm, PagedAttention, PagedBatch
+from neoserve.kernels.decode_attention import DecodeAttention, FusedDecodePlans
+from neoserve.kernels.decode_plans import DecodePlanBuffer, planned
+from neoserve.kernels.flashinfer_ops import FlashInferOps
+from neoserve.kernels.row_kernels import Ahead, add_norm, ahead, rope_heads
+from neoserve.kernels.skinny_linear import Multiprocessors, fits, gated, partial_sums, split
+
+_DEPENDENT_LAUNCH_MAJOR = 9
+_CHUNKS_PER_MULTIPROCESSOR = 4
+
+
+class FusedOps(FlashInferOps):
+    """`FlashInferOps`, faster for few rows. Compute capability 8.0 on."""
+
+    def __init__(self, shape: ModelShape, dtype: torch.dtype, block_size: int, device: torch.device) -> None:
+        super().__init__(shape, dtype, block_size, device)
+        properties = torch.cuda.get_device_properties(device)
+        self._dependent = properties.major >= _DEPENDENT_LAUNCH_MAJOR
+        self._gpu = Multiprocessors(
+            properties.multi_processor_count,
+            properties.shared_memory_per_multiprocessor,
+            properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        )
+
+    def plan_attention(self, batch: PagedBatch, *, decode: bool) -> PagedAttention:
+        if not decode:
+            return super().plan_attention(batch, decode=False)
+        arrays = planned(batch, self._num_chunks(batch.num_sequences), self._device)
+        return DecodeAttention(arrays, self._dependent)
+
+    def decode_plans(self, sizes: tuple[int, ...], max_blocks: int, padding_block: int) -> DecodePlans:
+        num_chunks = {size: self._num_chunks(size) for size in sizes}
+        buffer = DecodePlanBuffer(num_chunks, max_blocks + max(sizes), padding_block, self._device)
+        return FusedDecodePlans(sizes, buffer, dependent=self._dependent)
+
+    def _num_chunks(self, num_sequences: int) -> int:
+        """So many that every multiprocessor has some, also where each sequence's last is a short one."""
+        return num_sequences + _CHUNKS_PER_MULTIPROCESSOR * self._gpu.count // self._geometry.num_kv_heads
+
+    def linear_heads(
+        self,
+        x_TE: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        heads: Heads,
+        positions_T: torch.Tensor,
+    ) -> torch.Tensor:
+        if not fits(len(x_TE), *weight.shape):
+            return super().linear_heads(x_TE, weight, bias, heads, positions_T)
+        partials = self._partial_sums(x_TE, weight)
+        then = self._ahead(len(x_TE), heads.next_weight)
+        return rope_heads(partials, bias, heads, positions_T, x_TE.dtype, then, dependent=self._dependent)
+
+    def linear_add_rms_norm(
+        self,
+        x_TF: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual_TE: torch.Tensor,
+        norm: Norm,
+    ) -> torch.Tensor:
+        if not fits(len(x_TF), *weight.shape):
+            return super().linear_add_rms_norm(x_TF, weight, bias, residual_TE, norm)
+        partials = self._partial_sums(x_TF, weight)
+        then = self._ahead(len(x_TF), norm.next_weight)
+        return add_norm(partials, bias, residual_TE, norm.weight_E, norm.eps, then, dependent=self._dependent)
+
+    def linear_silu_and_mul(self, x_TE: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if not fits(len(x_TE), weight.shape[0] // 2, weight.shape[1]):
+            return super().linear_silu_and_mul(x_TE, weight, bias)
+        return gated(x_TE, weight, bias, self._gpu, dependent=self._dependent)
+
+    def logits(self, x_TE: torch.Tensor, head_VE: torch.Tensor) -> torch.Tensor:
+        if not fits(len(x_TE), *head_VE.shape):
+            return super().logits(x_TE, head_VE)
+        partials = self._partial_sums(x_TE, head_VE)
+        return partials[0] if len(partials) == 1 else partials.sum(0)
+
+    def _partial_sums(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+        share = split(len(x_TK), weight_NK, self._gpu)
+        return partial_sums(x_TK, weight_NK, share, dependent=self._dependent)
+
+    def _ahead(self, num_rows: int, weight: torch.Tensor) -> Ahead:
+        """Of the weight that is read next, what can be fetched meanwhile."""
+        if not fits(num_rows, *weight.shape):
+            return Ahead(weight, weight.shape[1], 0)
+        return ahead(weight, split(num_rows, weight, self._gpu).inputs)
