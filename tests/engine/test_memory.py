@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from neoserve.core.errors import HostMemoryError
+from neoserve.core.errors import ConfigError, HostMemoryError
 from neoserve.core.request import SamplingParams
 from neoserve.engine.memory import free_host_bytes
 from tests.engine.conftest import Tiny
 from tests.engine.driving import engine, generate
+from tests.families import save_family
 
 FAR_TOO_MUCH = 2**55
 
@@ -50,4 +51,15 @@ def test_auto_runs_without_a_host_tier_when_its_memory_is_refused(tiny: Tiny, ca
 def test_all_refuses_to_start_when_its_memory_is_refused(tiny: Tiny) -> None:
     refused = pytest.raises(HostMemoryError, match="--host-memory")
     with refused, engine(tiny.path, offload="all", host_memory_bytes=FAR_TOO_MUCH):
+        pass
+
+
+def test_a_head_dimension_that_the_host_tier_lacks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_family("llama-head-dim", tmp_path, head_dim=32)
+    with engine(str(tmp_path), offload="auto", device_kv_tokens=256) as core:
+        assert core.info.config.host_blocks == 0
+        [tokens] = generate(core, [[5, 9, 17]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+        assert len(tokens) == 4
+    assert "head dimensions" in caplog.text
+    with pytest.raises(ConfigError, match="--offload off"), engine(str(tmp_path), offload="all"):
         pass

@@ -112,7 +112,7 @@ class CudaDevice(Device):
         self._channels = tuple(_Channel(self.torch_device) for _ in range(_NUM_CHANNELS))
         self._registered: list[RegisteredMemory] = []
         self._flag_addresses: dict[int, int] = {}
-        self._graph_pools: dict[int, Any] = {}
+        self._graph_pools: dict[int, tuple[Any, torch.cuda.CUDAGraph]] = {}
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
@@ -152,17 +152,23 @@ class CudaDevice(Device):
     def record(self, work: Callable[[], None], group: int) -> Callable[[], None]:
         """As `Device.record`, a CUDA graph; the recordings of a group share one pool of memory."""
         if group not in self._graph_pools:
-            self._graph_pools[group] = torch.cuda.graph_pool_handle()
+            # A pool ends with its last graph and cannot begin again, so each has one that stays.
+            pool = torch.cuda.graph_pool_handle()
+            self._graph_pools[group] = (pool, self._capture(lambda: torch.zeros(1, device=self.torch_device), pool))
+        pool, _ = self._graph_pools[group]
+        replay: Callable[[], None] = self._capture(work, pool).replay
+        return replay
+
+    def _capture(self, work: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # Not the context manager `torch.cuda.graph`: it collects garbage and empties the allocator's cache each time,
         # which takes a hundred times as long as recording a layer.
-        graph.capture_begin(self._graph_pools[group], capture_error_mode="thread_local")
+        graph.capture_begin(pool, capture_error_mode="thread_local")
         try:
             work()
         finally:
             graph.capture_end()
-        replay: Callable[[], None] = graph.replay
-        return replay
+        return graph
 
     def synchronise(self) -> None:
         torch.cuda.synchronize(self.torch_device)

@@ -18,6 +18,7 @@ from neoserve.engine.memory import device_kv_bytes, release_unused
 from neoserve.engine.resolve import Threads, batch_limits, resolve, share_cpus
 from neoserve.execution.executor import Executor
 from neoserve.execution.graphs import recorded_bytes
+from neoserve.kernels.host_attention import HOST_HEAD_DIMS
 from neoserve.models.checkpoint import Checkpoint, open_checkpoint
 from neoserve.models.decoder import Decoder
 from neoserve.models.weights import DecoderWeights, dummy_weights, load_weights
@@ -46,6 +47,7 @@ def build(config: EngineConfig, progress: Callable[[str], None], weights: Decode
     """
     checkpoint = open_checkpoint(config.model, config.revision, config.load_format)
     spec = checkpoint.spec
+    config = choose_offload(config, spec.shape.head_dim)
     kind = choose_device(config)
     dtype = choose_dtype(config, spec.dtype, kind)
     threads = share_cpus(config, kind, host_tier=config.offload != "off")
@@ -136,6 +138,22 @@ def _executor(
             raise
         logger.warning("running without a host tier: %s", error)
     return make(replace(config, offload="off", host_memory_bytes=None))
+
+
+def choose_offload(config: EngineConfig, head_dim: int) -> EngineConfig:
+    """`config`, device-only where "auto" meets a head dimension that the host tier cannot attend to.
+
+    Raises `ConfigError` where "all" does.
+    """
+    if config.offload == "off" or head_dim in HOST_HEAD_DIMS:
+        return config
+    reason = (
+        f"the host tier attends to head dimensions {', '.join(map(str, HOST_HEAD_DIMS))}; the model's is {head_dim}"
+    )
+    if config.offload == "all":
+        raise ConfigError(f"{reason}; use --offload off")
+    logger.warning("running without a host tier: %s", reason)
+    return replace(config, offload="off", host_memory_bytes=None)
 
 
 def choose_device(config: EngineConfig) -> Literal["cuda", "reference"]:

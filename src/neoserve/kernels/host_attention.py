@@ -15,6 +15,7 @@ import torch
 
 from neoserve._native import HostAttention, HostMemory, WorkerPool
 
+HOST_HEAD_DIMS = (64, 80, 96, 128, 256)
 HOST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
