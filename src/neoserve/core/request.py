@@ -91,10 +91,6 @@ class SamplingParams:
             value = getattr(self, name)
             _check(value is None or 0 <= value <= MAX_LOGPROBS, name, value, f"0 to {MAX_LOGPROBS}")
 
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0
-
     def for_choice(self, index: int) -> SamplingParams:
         """The parameters of choice `index` of n: n is 1, and a given seed differs for each choice."""
         if self.n == 1:

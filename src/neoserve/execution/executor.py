@@ -21,6 +21,7 @@ from neoserve.execution.kv_store import KVStore
 from neoserve.execution.lap import Lap, Sequence, Workshop
 from neoserve.execution.moves import Moves
 from neoserve.execution.sampling import SamplingState
+from neoserve.kernels.host_attention import host_attention
 from neoserve.models.decoder import Decoder
 
 NUM_SUB_BATCHES = 2
@@ -76,19 +77,9 @@ class Executor:
 
     def host_attention(self, pool: _native.WorkerPool) -> _native.HostAttention:
         """The host tier's attention over the host pool."""
-        config = self.config
-        return _native.HostAttention(
-            pool,
-            num_layers=config.shape.num_layers,
-            num_blocks=config.host_blocks,
-            num_query_heads=config.shape.num_query_heads,
-            num_kv_heads=config.shape.num_kv_heads,
-            head_dim=config.shape.head_dim,
-            block_size=config.block_size,
-            dtype=config.dtype,
-            kv_address=self.store.host_address,
-            scale=config.shape.head_dim**-0.5,
-        )
+        shape = self.config.shape
+        kv_LNK2X = torch.unflatten(self.store.host_LNX, 2, (shape.num_kv_heads, 2, -1))
+        return host_attention(pool, kv_LNK2X, num_query_heads=shape.num_query_heads, head_dim=shape.head_dim)
 
     def add(self, request: Request) -> None:
         """Make a request known; its first rows may come in any later plan."""

@@ -52,11 +52,6 @@ class KVStore:
         self._last_copy: Completion | None = None
         self._area_stored: list[Completion | None] = [None, None]
 
-    @property
-    def host_address(self) -> int:
-        """Where the host pool begins."""
-        return self._host_memory.address
-
     def earlier_copies(self) -> Completion | None:
         """The last copy submitted since the last call, `None` without one; all others are done before it."""
         copies, self._last_copy = self._last_copy, None

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from neoserve.kernels.base import DecodePlans, Ops, PagedAttention, PagedBatch
+from neoserve.kernels.host_attention import from_host_layout, to_host_layout
 from neoserve.kernels.paged_arrays import bucket_size, pad_decode
 
 
@@ -49,27 +50,19 @@ class ReferenceOps(Ops):
     def blocks_to_host(
         self, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor
     ) -> None:
-        k_LNKPD, v_LNKPD = kv_LN2KPD.index_select(1, block_ids_N).unbind(2)
-        if _pairs_tokens(v_LNKPD):
-            v_LNKPD = torch.unflatten(v_LNKPD, 3, (-1, 2)).transpose(4, 5)
-        blocks_LNK2X = torch.stack((k_LNKPD.flatten(3), v_LNKPD.flatten(3)), dim=3)
-        host_LNX.index_copy_(1, host_block_ids_N, blocks_LNK2X.flatten(2))
+        blocks_N2KPD = kv_LN2KPD.index_select(1, block_ids_N).flatten(0, 1)
+        num_layers, num_blocks = len(kv_LN2KPD), len(block_ids_N)
+        host_LNX.index_copy_(1, host_block_ids_N, to_host_layout(blocks_N2KPD).view(num_layers, num_blocks, -1))
 
     def blocks_from_host(
         self, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor
     ) -> None:
+        num_layers, num_blocks = len(kv_LN2KPD), len(block_ids_N)
         num_kv_heads, block_size, head_dim = kv_LN2KPD.shape[3:]
-        blocks_LNK2X = torch.unflatten(host_LNX.index_select(1, host_block_ids_N), 2, (num_kv_heads, 2, -1))
-        k_LNKX, v_LNKX = blocks_LNK2X.unbind(3)
-        if _pairs_tokens(v_LNKX):
-            v_LNKX = torch.unflatten(v_LNKX, 3, (block_size // 2, head_dim, 2)).transpose(4, 5).flatten(3)
-        blocks_LN2KX = torch.stack((k_LNKX, v_LNKX), dim=2)
-        kv_LN2KPD.index_copy_(1, block_ids_N, torch.unflatten(blocks_LN2KX, 4, (block_size, head_dim)))
-
-
-def _pairs_tokens(v: torch.Tensor) -> bool:
-    """Whether the host pool interleaves the tokens of V in pairs: it does for types of 2 bytes."""
-    return v.dtype.itemsize == 2
+        blocks = host_LNX.index_select(1, host_block_ids_N)
+        blocks_NK2X = blocks.view(num_layers * num_blocks, num_kv_heads, 2, block_size * head_dim)
+        blocks_N2KPD = from_host_layout(blocks_NK2X, head_dim)
+        kv_LN2KPD.index_copy_(1, block_ids_N, blocks_N2KPD.view(num_layers, num_blocks, *kv_LN2KPD.shape[2:]))
 
 
 class ReferenceAttention:
