@@ -75,9 +75,9 @@ struct Avx2 {
   // dots[head][token], a score each once its lanes are added up.
   template <int kHeads>
   static void store_sums(const Vec* dots, float* at, int stride) {
-    const Vec a = _mm256_hadd_ps(_mm256_hadd_ps(dots[0], dots[1]), _mm256_hadd_ps(dots[2], dots[3]));
-    const Vec b = _mm256_hadd_ps(_mm256_hadd_ps(dots[4], dots[5]), _mm256_hadd_ps(dots[6], dots[7]));
-    const Vec sums = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    const Vec a = add_quarters(add_halves(dots[0], dots[1]), add_halves(dots[2], dots[3]));
+    const Vec b = add_quarters(add_halves(dots[4], dots[5]), add_halves(dots[6], dots[7]));
+    const Vec sums = _mm256_add_ps(_mm256_blend_ps(a, b, 0xf0), _mm256_permute2f128_ps(a, b, 0x21));
     const __m128 low = _mm256_castps256_ps128(sums), high = _mm256_extractf128_ps(sums, 1);
     if constexpr (kHeads == 1) {
       store(at, sums);
@@ -91,6 +91,16 @@ struct Avx2 {
       _mm_storel_pi(reinterpret_cast<__m64*>(at + 2 * stride), high);
       _mm_storeh_pi(reinterpret_cast<__m64*>(at + 3 * stride), high);
     }
+  }
+
+ private:
+  // Each 128-bit lane: two sums of two floats of `a`, then two of `b`.
+  static Vec add_halves(Vec a, Vec b) {
+    return _mm256_add_ps(_mm256_blend_ps(a, b, 0xcc), _mm256_shuffle_ps(a, b, 0x4e));
+  }
+  // Each 128-bit lane: the sums of the two pairs of `a`, then of `b`.
+  static Vec add_quarters(Vec a, Vec b) {
+    return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
   }
 };
 

@@ -33,6 +33,8 @@ struct FloatMath {
   struct Pair {
     Vec first, second;
   };
+  using Keys = Pair;
+  using Values = Pair;
 
   template <int kCount>
   static Pair load_keys(const Element* at) {
@@ -48,9 +50,10 @@ struct FloatMath {
     if constexpr (kDone < kDim) store(packed + kDone, load_keys<kDim - kDone>(query + kDone));
   }
 
-  static Vec dot(Vec sum, const Pair& keys, const Query* query) {
-    sum = Simd::fma(keys.first, Simd::load(query), sum);
-    return Simd::fma(keys.second, Simd::load(query + Simd::kWidth), sum);
+  static Pair load_query(const Query* at) { return {Simd::load(at), Simd::load(at + Simd::kWidth)}; }
+
+  static Vec dot(Vec sum, const Pair& keys, const Pair& query) {
+    return Simd::fma(keys.second, query.second, Simd::fma(keys.first, query.first, sum));
   }
 
   static void store_weights(Weight* at, Vec weights) { Simd::store(at, weights); }
@@ -66,9 +69,11 @@ struct FloatMath {
     }
   }
 
-  static Vec mix(Vec sum, const Pair& values, const Weight* weights) {
-    sum = Simd::fma(values.first, Simd::broadcast(weights[0]), sum);
-    return Simd::fma(values.second, Simd::broadcast(weights[1]), sum);
+  // Of two tokens.
+  static Pair load_weights(const Weight* at) { return {Simd::broadcast(at[0]), Simd::broadcast(at[1])}; }
+
+  static Vec mix(Vec sum, const Pair& values, const Pair& weights) {
+    return Simd::fma(values.second, weights.second, Simd::fma(values.first, weights.first, sum));
   }
 
  private:

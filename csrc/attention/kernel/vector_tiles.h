@@ -10,6 +10,7 @@
 #pragma once
 
 #include "attention/kernel/attend.h"
+#include "attention/kernel/lookahead.h"
 #include "attention/kernel/scratch.h"
 
 namespace neo {
@@ -29,6 +30,14 @@ constexpr int divisor_up_to(int n, int limit) {
   return result;
 }
 
+// Keeps the compiler from loading `x` again at each use: the loads, not the products, would then set the pace.
+template <class Vec>
+void hold(Vec& x) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(x));
+#endif
+}
+
 template <class MathType, int kHeadDim>
 class VectorTiles {
  public:
@@ -37,6 +46,7 @@ class VectorTiles {
   using Simd = typename Math::Simd;
   using Vec = typename Simd::Vec;
   static constexpr int kDim = kHeadDim;
+  static constexpr int64_t kBytesAhead = 2 * (kChunk + kChunk / 2) * kDim * sizeof(Element);
 
   float* scores;  // [head][kChunk]
   float* maxima;  // [head]
@@ -78,6 +88,8 @@ class VectorTiles {
 
   // scores[h][t] = q[h] . k[t], and garbage for tokens past num_tokens.
   void score(const Chunk<Element>& chunk) {
+    ahead_ = Lookahead(reinterpret_cast<const char* const*>(chunk.ahead), chunk.num_tiles, 2 * block_size_ * kRowBytes,
+                       kSmallestBlock * kRowBytes);
     for_head_runs([&](auto num_heads, auto first_run, int head) {
       constexpr int kHeads = decltype(num_heads)::value;
       for (int i = 0; i < chunk.num_tiles; ++i) {
@@ -85,9 +97,8 @@ class VectorTiles {
         const int num_tokens = left < block_size_ ? left : block_size_;
         float* to = scores + head * kChunk + i * block_size_;
         for (int t = 0; t < num_tokens; t += kWidth / kHeads) {
-          const int64_t at = t * kDim;
-          score_run<kHeads, first_run.value>(chunk.tiles[i] + at, chunk.ahead[i] + at, queries_ + head * kQuerySize,
-                                             to + t);
+          score_run<kHeads, first_run.value>(chunk.tiles[i] + t * kDim, (i * block_size_ + t) * kRowBytes,
+                                             queries_ + head * kQuerySize, to + t);
         }
       }
     });
@@ -104,6 +115,7 @@ class VectorTiles {
 
  private:
   static constexpr int kWidth = Simd::kWidth;
+  static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(Element));
   static constexpr int kMaxHeads = Simd::kMaxHeads;
   static constexpr int kStep = Math::kStep;
   static constexpr int kSteps = (kDim + kStep - 1) / kStep;
@@ -140,45 +152,70 @@ class VectorTiles {
 
   // kWidth scores: of kHeads heads with kWidth / kHeads tokens each.
   template <int kHeads, bool kAsk>
-  void score_run(const Element* keys, const Element* ahead, const typename Math::Query* queries, float* to) {
+  void score_run(const Element* keys, unsigned bytes, const typename Math::Query* queries, float* to) {
+    constexpr int kTokens = kWidth / kHeads;
+    // So that the compiler knows which part is next.
+    constexpr unsigned kTurn = Lookahead::kParts * kCacheLine;
+    if constexpr (kTokens * kRowBytes % kTurn == 0) bytes = bytes / kTurn * kTurn;
     Vec dots[kWidth];
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) dots[i] = Simd::zero();
+#pragma GCC unroll 8
     for (int d = 0; d + kStep <= kDim; d += kStep) {
-      score_step<kHeads, kStep, kAsk>(dots, keys + d, ahead + d * (kWidth / kHeads), queries + d);
+      score_step<kHeads, kStep, kAsk>(dots, keys + d, bytes + d * kTokens * sizeof(Element), queries + d);
     }
     if constexpr (kDim % kStep != 0) {
       constexpr int kDone = kDim / kStep * kStep;
-      score_step<kHeads, kDim - kDone, kAsk>(dots, keys + kDone, ahead + kDone * (kWidth / kHeads), queries + kDone);
+      score_step<kHeads, kDim - kDone, kAsk>(dots, keys + kDone, bytes + kDone * kTokens * sizeof(Element), queries + kDone);
     }
     Simd::template store_sums<kHeads>(dots, to, kChunk);
   }
 
-  // `ahead` is asked for in the order of memory, not in that of the keys: the processor's own prefetch follows.
+  // What is kept in registers is the queries or the keys, whichever are fewer.
   template <int kHeads, int kCount, bool kAsk>
-  void score_step(Vec* dots, const Element* keys, const Element* ahead, const typename Math::Query* queries) {
+  void score_step(Vec* dots, const Element* keys, unsigned bytes, const typename Math::Query* queries) {
     constexpr int kTokens = kWidth / kHeads;
+    if constexpr (kAsk) ask_beside<kTokens * kCount * sizeof(Element)>(bytes);
+    if constexpr (kHeads <= kTokens) {
 #pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) {
-      if constexpr (kAsk) ask_for<kCount>(ahead, t * kCount);
-      const auto key = Math::template load_keys<kCount>(keys + t * kDim);
+      for (int t = 0; t < kTokens; ++t) {
+        const auto key = Math::template load_keys<kCount>(keys + t * kDim);
+#pragma GCC unroll 8
+        for (int h = 0; h < kHeads; ++h) {
+          dots[h * kTokens + t] = Math::dot(dots[h * kTokens + t], key, Math::load_query(queries + h * kQuerySize));
+        }
+      }
+    } else {
+      typename Math::Keys key[kTokens];
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; ++t) {
+        key[t] = Math::template load_keys<kCount>(keys + t * kDim);
+      }
 #pragma GCC unroll 8
       for (int h = 0; h < kHeads; ++h) {
-        dots[h * kTokens + t] = Math::dot(dots[h * kTokens + t], key, queries + h * kQuerySize);
+        auto query = Math::load_query(queries + h * kQuerySize);
+        hold(query.first);
+        hold(query.second);
+#pragma GCC unroll 16
+        for (int t = 0; t < kTokens; ++t) dots[h * kTokens + t] = Math::dot(dots[h * kTokens + t], key[t], query);
       }
     }
   }
 
-  // The cache lines that begin in elements [index, index + kCount) of `base`, which begins a line.
-  template <int kCount>
-  static void ask_for(const Element* base, int index) {
-    constexpr int kPerLine = kCacheLine / static_cast<int>(sizeof(Element));
-#pragma GCC unroll 4
-    for (int i = (index + kPerLine - 1) / kPerLine * kPerLine; i < index + kCount; i += kPerLine) prefetch(base + i);
+  // While bytes [first, first + kBytes) of the chunk are read.
+  template <unsigned kBytes>
+  void ask_beside(unsigned first) const {
+    if constexpr (kBytes % kCacheLine == 0) {
+#pragma GCC unroll 16
+      for (unsigned i = 0; i < kBytes / kCacheLine; ++i) ahead_.ask(first / kCacheLine + i);
+    } else {
+      for (unsigned line = first / kCacheLine; line < (first + kBytes) / kCacheLine; ++line) ahead_.ask(line);
+    }
   }
 
   template <int kHeads, int kVecs, bool kAsk>
   void accumulate_run(const Chunk<Element>& chunk, int head, int dim) {
+    constexpr unsigned kPairBytes = 2 * kVecs * kWidth * sizeof(Element);
     Vec mixed[kHeads][kVecs];
     float* at = values + head * kDim + dim;
 #pragma GCC unroll 8
@@ -186,21 +223,36 @@ class VectorTiles {
 #pragma GCC unroll 16
       for (int i = 0; i < kVecs; ++i) mixed[h][i] = Simd::load(at + h * kDim + i * kWidth);
     }
+    unsigned bytes = (chunk.num_tokens * kDim + dim * chunk.num_tokens) * sizeof(Element);
     for (int tile = 0; tile < chunk.num_tiles; ++tile) {
       const int left = chunk.num_tokens - tile * block_size_;
       const int num_tokens = left < block_size_ ? left : block_size_;
       const Element* v = chunk.tiles[tile] + block_size_ * kDim;
-      const Element* ahead = chunk.ahead[tile] + block_size_ * kDim + dim * block_size_;
       const typename Math::Weight* weights = weights_ + head * kChunk + tile * block_size_;
       for (int t = 0; t < num_tokens; t += 2) {
+        if constexpr (kAsk) ask_beside<kPairBytes>(bytes);
+        bytes += kPairBytes;
         const bool whole = t + 1 < num_tokens;
+        if constexpr (kHeads <= kVecs) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kVecs; ++i) {
-          if constexpr (kAsk) ask_for<2 * kWidth>(ahead + t * kVecs * kWidth, i * 2 * kWidth);
-          const auto pair = Math::template load_values<kDim>(v, t, dim + i * kWidth, whole);
+          for (int i = 0; i < kVecs; ++i) {
+            const auto pair = Math::template load_values<kDim>(v, t, dim + i * kWidth, whole);
+#pragma GCC unroll 8
+            for (int h = 0; h < kHeads; ++h) {
+              mixed[h][i] = Math::mix(mixed[h][i], pair, Math::load_weights(weights + h * kChunk + t));
+            }
+          }
+        } else {
+          typename Math::Values pairs[kVecs];
+#pragma GCC unroll 16
+          for (int i = 0; i < kVecs; ++i) {
+            pairs[i] = Math::template load_values<kDim>(v, t, dim + i * kWidth, whole);
+          }
 #pragma GCC unroll 8
           for (int h = 0; h < kHeads; ++h) {
-            mixed[h][i] = Math::mix(mixed[h][i], pair, weights + h * kChunk + t);
+            const auto pair_weights = Math::load_weights(weights + h * kChunk + t);
+#pragma GCC unroll 16
+            for (int i = 0; i < kVecs; ++i) mixed[h][i] = Math::mix(mixed[h][i], pairs[i], pair_weights);
           }
         }
       }
@@ -214,6 +266,7 @@ class VectorTiles {
 
   int group_;
   int block_size_;
+  Lookahead ahead_;
   typename Math::Query* queries_;   // [head][kQuerySize]
   typename Math::Weight* weights_;  // [head][kChunk]
 };
