@@ -66,9 +66,6 @@ class AmxTiles {
   using Vec = __m512;
   static constexpr int kDim = kHeadDim;
 
-  // Further ahead the KV falls out of the first cache again.
-  static constexpr int64_t kBytesAhead = 24 * 1024;
-
   float* scores;  // [head][kChunk]
   float* maxima;  // [head]
   float* sums;    // [head][16], to be added up

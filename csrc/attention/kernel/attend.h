@@ -180,11 +180,11 @@ void attend(const Share& share) {
 
   const Item* item = share.claim(share.context);
   if (is_own(item)) {
-    TileStream stream(share, item, own_last, kRowBytes, Tiles::kBytesAhead);
+    TileStream stream(share, item, own_last, kRowBytes);
     for (; is_own(item); item = share.claim(share.context)) attend_item(tiles, share, *item, group, stream);
   }
   for (; item; item = share.claim(share.context)) {
-    TileStream stream(share, item, item + 1, kRowBytes, Tiles::kBytesAhead);
+    TileStream stream(share, item, item + 1, kRowBytes);
     attend_item(tiles, share, *item, group, stream);
   }
 }

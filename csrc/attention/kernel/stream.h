@@ -9,6 +9,10 @@ namespace {
 
 constexpr int kCacheLine = 64;
 
+// How far ahead of its use the KV is asked for, in whole tiles. Further ahead it falls out of the first cache again,
+// which costs attention over few heads a quarter of its speed.
+constexpr int64_t kBytesAhead = 24 * 1024;
+
 // Volatile, or the compiler would gather the prefetches of an unrolled loop in front of it: in a burst the line fill
 // buffers run full, and later they run empty.
 inline void prefetch(const void* address) {
@@ -61,14 +65,13 @@ struct StreamedTile {
 
 class TileStream {
  public:
-  // The KV is asked for `bytes_ahead` ahead of its use, in whole tiles.
-  TileStream(const Share& share, const Item* first, const Item* last, int64_t row_bytes, int64_t bytes_ahead)
+  TileStream(const Share& share, const Item* first, const Item* last, int64_t row_bytes)
       : block_size_(share.lap->geometry.block_size),
         row_bytes_(row_bytes),
         tile_bytes_(2 * block_size_ * row_bytes),
         now_(share, first, last, tile_bytes_),
         ahead_(share, first, last, tile_bytes_) {
-    const int64_t tiles_ahead = bytes_ahead / tile_bytes_;
+    const int64_t tiles_ahead = kBytesAhead / tile_bytes_;
     for (int64_t i = 0; i < (tiles_ahead < 1 ? 1 : tiles_ahead); ++i) ask(ahead_.next());
   }
 

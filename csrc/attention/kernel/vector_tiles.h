@@ -46,7 +46,7 @@ class VectorTiles {
   using Simd = typename Math::Simd;
   using Vec = typename Simd::Vec;
   static constexpr int kDim = kHeadDim;
-  static constexpr int64_t kBytesAhead = 2 * (kChunk + kChunk / 2) * kDim * sizeof(Element);
+  static constexpr int64_t kBytesAhead = 2 * kChunk * kDim * sizeof(Element);
 
   float* scores;  // [head][kChunk]
   float* maxima;  // [head]
