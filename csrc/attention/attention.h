@@ -70,6 +70,10 @@ class Lap {
   // return before any begins the lap's next layer.
   void attend(int thread, const LayerMemory& memory) noexcept;
 
+  // Asks the memory for part 0, 1, ... of the K and V that thread `thread` reads first in a layer whose KV is `kv`, as
+  // much as its second-level cache should hold; whether there was such a part. Reads nothing of the layer.
+  bool fetch_ahead(int thread, const void* kv, int part) const noexcept;
+
   // Bytes of K and V that one layer reads.
   int64_t kv_bytes() const;
 

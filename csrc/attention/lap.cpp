@@ -10,6 +10,7 @@
 #include "attention/attention.h"
 #include "attention/share.h"
 #include "attention/split.h"
+#include "base/cpu.h"
 
 namespace neo {
 
@@ -47,6 +48,9 @@ void check_rows(const LapShape& s) {
     }
   }
 }
+
+// K and V of one token and kv head.
+int64_t token_bytes(const Geometry& g) { return 2LL * g.head_dim * (g.dtype == DType::kF32 ? 4 : 2); }
 
 struct FreeAligned {
   void operator()(void* p) const { std::free(p); }
@@ -126,6 +130,8 @@ struct Lap::State {
   AlignedMemory partials;
   AlignedMemory scratch;
   int64_t scratch_stride;
+  int64_t tile_bytes;  // K and V of one (block, kv head)
+  int32_t most_tiles_ahead;
 
   const Item* items_of(int thread) const { return split.items.data() + split.thread_start[thread]; }
   int32_t num_items(int thread) const { return split.thread_start[thread + 1] - split.thread_start[thread]; }
@@ -200,6 +206,8 @@ Lap::Lap(const LapShape& shape, int num_threads, const Policy& policy) {
   state->partials = allocate_aligned(state->split.cut_of_slot.size() * partial_floats(shape.geometry) * sizeof(float));
   state->scratch_stride = scratch_bytes(shape.geometry);
   state->scratch = allocate_aligned(state->scratch_stride * num_threads);
+  state->tile_bytes = static_cast<int64_t>(shape.geometry.block_size) * token_bytes(shape.geometry);
+  state->most_tiles_ahead = static_cast<int32_t>(cpu_cache_bytes() / 2 / static_cast<size_t>(state->tile_bytes));
   state_ = state.release();
 }
 
@@ -225,11 +233,33 @@ void Lap::attend(int thread, const LayerMemory& memory) noexcept {
   state_->leave_layer();
 }
 
+// A part is a tile. One that is not full is left out: it is small, and written to before it is read.
+bool Lap::fetch_ahead(int thread, const void* kv, int part) const noexcept {
+  constexpr int64_t kCacheLine = 64;
+  constexpr int kRead = 0, kIntoSecondLevel = 2;
+  if (part >= state_->most_tiles_ahead) return false;
+  const Geometry& g = state_->shape.geometry;
+  const Item* item = state_->items_of(thread);
+  int32_t token = part * g.block_size;
+  for (const Item* const last = item + state_->num_items(thread); item != last; ++item) {
+    const int32_t num_tokens = item->stop_token - item->first_token;
+    if (token < num_tokens) break;
+    token -= (num_tokens + g.block_size - 1) / g.block_size * g.block_size;
+  }
+  if (item == state_->items_of(thread) + state_->num_items(thread)) return false;
+  token += item->first_token;
+  if (token + g.block_size > item->stop_token) return true;
+  const int64_t block = state_->block_ids[state_->block_start[item->row] + token / g.block_size];
+  const char* tile = static_cast<const char*>(kv) + (block * g.num_kv_heads + item->kv_head) * state_->tile_bytes;
+  for (int64_t at = 0; at < state_->tile_bytes; at += kCacheLine) __builtin_prefetch(tile + at, kRead, kIntoSecondLevel);
+  return true;
+}
+
 int64_t Lap::kv_bytes() const {
   const Geometry& g = state_->shape.geometry;
   int64_t tokens = 0;
   for (const int32_t length : state_->lengths) tokens += length;
-  return tokens * g.num_kv_heads * 2 * g.head_dim * (g.dtype == DType::kF32 ? 4 : 2);
+  return tokens * g.num_kv_heads * token_bytes(g);
 }
 
 }  // namespace neo

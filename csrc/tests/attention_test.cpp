@@ -119,6 +119,20 @@ void test_threads(const Policy& policy) {
   }
 }
 
+// A lap that fits into the caches is fetched whole, each tile by the thread that is to attend it.
+void test_fetch_ahead() {
+  AttentionCase problem({DType::kBF16, 4, 2, 64, 16, {100, 1, 32}}, 8);
+  constexpr int kThreads = 3, kTiles = 2 * (7 + 1 + 2);
+  const Lap lap(problem.lap(), kThreads, find_policy("portable"));
+  int num_parts = 0;
+  for (int thread = 0; thread < kThreads; ++thread) {
+    int part = 0;
+    while (lap.fetch_ahead(thread, problem.memory().kv, part)) ++part;
+    num_parts += part;
+  }
+  CHECK(num_parts == kTiles, "%d parts of %d tiles", num_parts, kTiles);
+}
+
 template <class Change>
 void check_refused(const char* expected, Change change) {
   const AttentionCase problem({DType::kF32, 4, 2, 64, 16, {20, 3}}, 6);
@@ -175,6 +189,7 @@ int main(int argc, char** argv) {
   const int num_cases = argc > 1 ? std::atoi(argv[1]) : 200;
   test_choice_of_policy();
   test_bad_arguments();
+  test_fetch_ahead();
   for (const neo::Policy* policy : neo::available_policies()) {
     const int before = failed_checks;
     test_every_dtype_and_head_dim(*policy);
