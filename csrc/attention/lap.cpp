@@ -82,37 +82,49 @@ int64_t scratch_bytes(const Geometry& g) {
 }
 
 // The items of one thread that nobody has claimed yet, [next, stop) of its list. The owner takes from the front, others
-// from the back.
+// from the back. A range that is left from the layer before stands for all items again, so that nobody has to reset it:
+// layers alternate between two parities, and at the end of each all items of a thread that has any were claimed.
 class alignas(64) Unclaimed {
  public:
-  void reset(uint32_t count) { range_.store(count, std::memory_order_relaxed); }
+  void set_size(int32_t num_items) { num_items_ = static_cast<uint64_t>(num_items); }
 
-  int32_t count() const { return size(range_.load(std::memory_order_relaxed)); }
+  int32_t count(bool parity) const { return size(range(parity)); }
 
   // Index of the item, or -1.
-  int32_t claim_first() {
-    uint64_t range = range_.load(std::memory_order_relaxed);
-    while (size(range) > 0) {
-      if (range_.compare_exchange_weak(range, range + kNext, std::memory_order_relaxed)) return next(range);
+  int32_t claim_first(bool parity) {
+    uint64_t seen = range_.load(std::memory_order_relaxed);
+    while (true) {
+      const uint64_t now = current(seen, parity);
+      if (size(now) == 0) return -1;
+      if (range_.compare_exchange_weak(seen, now + kNext, std::memory_order_relaxed)) return next(now);
     }
-    return -1;
   }
-  int32_t claim_last() {
-    uint64_t range = range_.load(std::memory_order_relaxed);
-    while (size(range) > 0) {
-      if (range_.compare_exchange_weak(range, range - 1, std::memory_order_relaxed)) return stop(range) - 1;
+  int32_t claim_last(bool parity) {
+    uint64_t seen = range_.load(std::memory_order_relaxed);
+    while (true) {
+      const uint64_t now = current(seen, parity);
+      if (size(now) == 0) return -1;
+      if (range_.compare_exchange_weak(seen, now - 1, std::memory_order_relaxed)) return stop(now) - 1;
     }
-    return -1;
   }
 
  private:
-  static constexpr uint64_t kNext = uint64_t{1} << 32;  // next in the upper half, stop in the lower
+  // A range: the parity at the top, then next, then stop in the lower half.
+  static constexpr uint64_t kNext = uint64_t{1} << 32;
+  static constexpr uint64_t kParity = uint64_t{1} << 63;
 
-  static int32_t next(uint64_t range) { return static_cast<int32_t>(range >> 32); }
+  static int32_t next(uint64_t range) { return static_cast<int32_t>((range & ~kParity) >> 32); }
   static int32_t stop(uint64_t range) { return static_cast<int32_t>(range & (kNext - 1)); }
   static int32_t size(uint64_t range) { return stop(range) - next(range); }
 
+  uint64_t current(uint64_t range, bool parity) const {
+    if ((range >= kParity) == parity) return range;
+    return (parity ? kParity : 0) | num_items_;
+  }
+  uint64_t range(bool parity) const { return current(range_.load(std::memory_order_relaxed), parity); }
+
   std::atomic<uint64_t> range_{0};
+  uint64_t num_items_ = 0;
 };
 
 struct Lap::State {
@@ -125,8 +137,7 @@ struct Lap::State {
   Split split;
   std::unique_ptr<Unclaimed[]> unclaimed;              // by thread
   std::unique_ptr<std::atomic<int32_t>[]> slots_open;  // by cut: partial results that are not there yet
-  std::atomic<int32_t> num_unclaimed;                  // items of all threads, so that the end is seen at one look
-  std::atomic<int32_t> threads_busy;                   // that have not returned from this layer
+  bool parity = true;                                  // of the layer; see Unclaimed
   AlignedMemory partials;
   AlignedMemory scratch;
   int64_t scratch_stride;
@@ -138,28 +149,25 @@ struct Lap::State {
 
   const Item* claim(int thread);
   const Cut* finish(const Item& item);
-  void leave_layer();
 };
 
 // The thread's own items first, then one of the thread that has most left.
 const Item* Lap::State::claim(int thread) {
-  const int32_t own = unclaimed[thread].claim_first();
-  if (own >= 0) {
-    num_unclaimed.fetch_sub(1, std::memory_order_relaxed);
-    return items_of(thread) + own;
-  }
-  while (num_unclaimed.load(std::memory_order_relaxed) > 0) {
+  const int32_t own = unclaimed[thread].claim_first(parity);
+  if (own >= 0) return items_of(thread) + own;
+  while (true) {
     int slowest = 0;
-    for (int i = 1; i < num_threads; ++i) {
-      if (unclaimed[i].count() > unclaimed[slowest].count()) slowest = i;
+    int32_t most = 0;
+    for (int i = 0; i < num_threads; ++i) {
+      const int32_t count = unclaimed[i].count(parity);
+      if (count <= most) continue;
+      most = count;
+      slowest = i;
     }
-    const int32_t index = unclaimed[slowest].claim_last();
-    if (index >= 0) {
-      num_unclaimed.fetch_sub(1, std::memory_order_relaxed);
-      return items_of(slowest) + index;
-    }
+    if (most == 0) return nullptr;
+    const int32_t index = unclaimed[slowest].claim_last(parity);
+    if (index >= 0) return items_of(slowest) + index;
   }
-  return nullptr;
 }
 
 // Whoever finishes the last item of a (row, kv head) merges its partial results.
@@ -169,14 +177,6 @@ const Cut* Lap::State::finish(const Item& item) {
   if (slots_open[index].fetch_sub(1, std::memory_order_acq_rel) > 1) return nullptr;
   slots_open[index].store(split.cuts[index].num_slots, std::memory_order_relaxed);
   return &split.cuts[index];
-}
-
-// The last thread to leave makes the lap ready for its next layer.
-void Lap::State::leave_layer() {
-  if (threads_busy.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-  threads_busy.store(num_threads, std::memory_order_relaxed);
-  for (int i = 0; i < num_threads; ++i) unclaimed[i].reset(num_items(i));
-  num_unclaimed.store(static_cast<int32_t>(split.items.size()), std::memory_order_relaxed);
 }
 
 Lap::Lap(const LapShape& shape, int num_threads, const Policy& policy) {
@@ -198,8 +198,7 @@ Lap::Lap(const LapShape& shape, int num_threads, const Policy& policy) {
   state->num_threads = num_threads;
   state->split = split_lap(shape, num_threads);
   state->unclaimed = std::make_unique<Unclaimed[]>(num_threads);
-  state->threads_busy = 1;
-  state->leave_layer();
+  for (int i = 0; i < num_threads; ++i) state->unclaimed[i].set_size(state->num_items(i));
   const std::vector<Cut>& cuts = state->split.cuts;
   state->slots_open = std::make_unique<std::atomic<int32_t>[]>(cuts.size());
   for (size_t i = 0; i < cuts.size(); ++i) state->slots_open[i] = cuts[i].num_slots;
@@ -230,8 +229,9 @@ void Lap::attend(int thread, const LayerMemory& memory) noexcept {
   share.claim = [](void* c) { return static_cast<Context*>(c)->state.claim(static_cast<Context*>(c)->thread); };
   share.finish = [](void* c, const Item& item) { return static_cast<Context*>(c)->state.finish(item); };
   state_->attend(share);
-  state_->leave_layer();
 }
+
+void Lap::finish_layer() noexcept { state_->parity = !state_->parity; }
 
 // A part is a tile. One that is not full is left out: it is small, and written to before it is read.
 bool Lap::fetch_ahead(int thread, const void* kv, int part) const noexcept {
@@ -251,7 +251,8 @@ bool Lap::fetch_ahead(int thread, const void* kv, int part) const noexcept {
   if (token + g.block_size > item->stop_token) return true;
   const int64_t block = state_->block_ids[state_->block_start[item->row] + token / g.block_size];
   const char* tile = static_cast<const char*>(kv) + (block * g.num_kv_heads + item->kv_head) * state_->tile_bytes;
-  for (int64_t at = 0; at < state_->tile_bytes; at += kCacheLine) __builtin_prefetch(tile + at, kRead, kIntoSecondLevel);
+  for (int64_t at = 0; at < state_->tile_bytes; at += kCacheLine)
+    __builtin_prefetch(tile + at, kRead, kIntoSecondLevel);
   return true;
 }
 

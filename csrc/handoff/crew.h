@@ -2,7 +2,8 @@
 //
 // Worker 0 leads: it waits for the next task and its `ready` flag, then lets all workers go. Whoever finishes last ends
 // the task and raises `done`; then the leader goes on. Meanwhile whoever waits fetches what it will read first in the
-// task after it into its cache: that uses the memory while a task ends and the next begins. The watchdog sleeps until the running task's deadline.
+// task after it into its cache: that uses the memory while a task ends and the next begins. The watchdog sleeps until
+// the running task's deadline.
 #pragma once
 
 #include <atomic>
@@ -71,9 +72,9 @@ class Crew {
   std::vector<Worker> workers_;
   const Times times_;
   std::atomic<bool> stopping_{false};
-  const Task* task_ = nullptr;       // the task begun last; written by the leader before it advances `begun_`
+  const Task* task_ = nullptr;  // the task begun last; written by the leader before it advances `begun_`
   std::atomic<const Task*> upcoming_{nullptr};  // the armed task after it, or null; written by the leader
-  std::atomic<int> num_running_{0};  // workers that are not through with it
+  std::atomic<int> num_running_{0};             // workers that are not through with it
   Signal armed_;
   Signal begun_;
   Signal finished_;
