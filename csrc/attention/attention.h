@@ -65,12 +65,13 @@ class Lap {
   Lap(const Lap&) = delete;
   Lap& operator=(const Lap&) = delete;
 
+  // To be called before a layer's first `attend`, when no thread is at another layer.
+  void begin_layer() noexcept;
+
   // Thread `thread`'s share of one layer, then what others have not begun: appends the new k and v, attends, and merges
   // what it is the last to finish. No allocation, no lock. Each thread is to call this once a layer.
   void attend(int thread, const LayerMemory& memory) noexcept;
 
-  // To be called once all threads have returned from a layer, before any begins the lap's next layer.
-  void finish_layer() noexcept;
 
   // Asks the memory for part 0, 1, ... of the K and V that thread `thread` reads first in a layer whose KV is `kv`, as
   // much as its second-level cache should hold; whether there was such a part. Reads nothing of the layer.

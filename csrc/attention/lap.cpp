@@ -82,46 +82,44 @@ int64_t scratch_bytes(const Geometry& g) {
 }
 
 // The items of one thread that nobody has claimed yet, [next, stop) of its list. The owner takes from the front, others
-// from the back. A range that is left from the layer before stands for all items again, so that nobody has to reset it:
-// layers alternate between two parities, and at the end of each all items of a thread that has any were claimed.
+// from the back. A range of an earlier round, finished or not, stands for all items, so that nobody has to reset it.
 class alignas(64) Unclaimed {
  public:
   void set_size(int32_t num_items) { num_items_ = static_cast<uint64_t>(num_items); }
 
-  int32_t count(bool parity) const { return size(range(parity)); }
+  int count(uint16_t round) const { return size(current(range_.load(std::memory_order_relaxed), round)); }
 
   // Index of the item, or -1.
-  int32_t claim_first(bool parity) {
-    uint64_t seen = range_.load(std::memory_order_relaxed);
+  int claim_first(uint16_t round) {
+    uint64_t range = range_.load(std::memory_order_relaxed);
     while (true) {
-      const uint64_t now = current(seen, parity);
+      const uint64_t now = current(range, round);
       if (size(now) == 0) return -1;
-      if (range_.compare_exchange_weak(seen, now + kNext, std::memory_order_relaxed)) return next(now);
+      if (range_.compare_exchange_weak(range, now + kNext, std::memory_order_relaxed)) return next(now);
     }
   }
-  int32_t claim_last(bool parity) {
-    uint64_t seen = range_.load(std::memory_order_relaxed);
+  int claim_last(uint16_t round) {
+    uint64_t range = range_.load(std::memory_order_relaxed);
     while (true) {
-      const uint64_t now = current(seen, parity);
+      const uint64_t now = current(range, round);
       if (size(now) == 0) return -1;
-      if (range_.compare_exchange_weak(seen, now - 1, std::memory_order_relaxed)) return stop(now) - 1;
+      if (range_.compare_exchange_weak(range, now - 1, std::memory_order_relaxed)) return stop(now) - 1;
     }
   }
 
  private:
-  // A range: the parity at the top, then next, then stop in the lower half.
-  static constexpr uint64_t kNext = uint64_t{1} << 32;
-  static constexpr uint64_t kParity = uint64_t{1} << 63;
+  // A range: from the top 16 bits of the round, 24 of `next` and 24 of `stop`.
+  static constexpr int kIndexBits = 24;
+  static constexpr uint64_t kNext = uint64_t{1} << kIndexBits;
 
-  static int32_t next(uint64_t range) { return static_cast<int32_t>((range & ~kParity) >> 32); }
-  static int32_t stop(uint64_t range) { return static_cast<int32_t>(range & (kNext - 1)); }
-  static int32_t size(uint64_t range) { return stop(range) - next(range); }
+  static int stop(uint64_t range) { return static_cast<int>(range & (kNext - 1)); }
+  static int next(uint64_t range) { return stop(range >> kIndexBits); }
+  static int size(uint64_t range) { return stop(range) - next(range); }
 
-  uint64_t current(uint64_t range, bool parity) const {
-    if ((range >= kParity) == parity) return range;
-    return (parity ? kParity : 0) | num_items_;
+  uint64_t current(uint64_t range, uint16_t round) const {
+    const int shift = 2 * kIndexBits;
+    return range >> shift == round ? range : uint64_t{round} << shift | num_items_;
   }
-  uint64_t range(bool parity) const { return current(range_.load(std::memory_order_relaxed), parity); }
 
   std::atomic<uint64_t> range_{0};
   uint64_t num_items_ = 0;
@@ -137,7 +135,7 @@ struct Lap::State {
   Split split;
   std::unique_ptr<Unclaimed[]> unclaimed;              // by thread
   std::unique_ptr<std::atomic<int32_t>[]> slots_open;  // by cut: partial results that are not there yet
-  bool parity = true;                                  // of the layer; see Unclaimed
+  uint16_t round = 0;                                  // a layer's number, whichever layers they are
   AlignedMemory partials;
   AlignedMemory scratch;
   int64_t scratch_stride;
@@ -153,19 +151,19 @@ struct Lap::State {
 
 // The thread's own items first, then one of the thread that has most left.
 const Item* Lap::State::claim(int thread) {
-  const int32_t own = unclaimed[thread].claim_first(parity);
+  const int own = unclaimed[thread].claim_first(round);
   if (own >= 0) return items_of(thread) + own;
   while (true) {
     int slowest = 0;
-    int32_t most = 0;
+    int most = 0;
     for (int i = 0; i < num_threads; ++i) {
-      const int32_t count = unclaimed[i].count(parity);
+      const int count = unclaimed[i].count(round);
       if (count <= most) continue;
       most = count;
       slowest = i;
     }
     if (most == 0) return nullptr;
-    const int32_t index = unclaimed[slowest].claim_last(parity);
+    const int index = unclaimed[slowest].claim_last(round);
     if (index >= 0) return items_of(slowest) + index;
   }
 }
@@ -231,7 +229,7 @@ void Lap::attend(int thread, const LayerMemory& memory) noexcept {
   state_->attend(share);
 }
 
-void Lap::finish_layer() noexcept { state_->parity = !state_->parity; }
+void Lap::begin_layer() noexcept { ++state_->round; }
 
 // A part is a tile. One that is not full is left out: it is small, and written to before it is read.
 bool Lap::fetch_ahead(int thread, const void* kv, int part) const noexcept {

@@ -72,6 +72,7 @@ void Crew::lead() {
     }
     task_ = begun.task;
     upcoming_ = begun.upcoming;
+    task_->work->begin(task_->step);
     begun_.advance();
     if (!run_share(0)) return;
     fetch_ahead(0, [&] { return finished_.value() != num_finished; });

@@ -42,7 +42,6 @@ void LapWork::run(int worker, int layer) {
 bool LapWork::fetch_ahead(int worker, int layer, int part) { return lap_.fetch_ahead(worker, layer_kv(layer), part); }
 
 void LapWork::finished(int layer, int64_t start_ns, int64_t end_ns) {
-  lap_.finish_layer();
   const std::scoped_lock lock(mutex_);
   runs_.push_back({layer, start_ns, end_ns});
 }

@@ -31,6 +31,7 @@ class LapWork : public Work {
  public:
   LapWork(const LapShape& shape, int num_workers, const Policy& policy, std::byte* kv, const RowMemory& rows);
 
+  void begin(int) override { lap_.begin_layer(); }
   void run(int worker, int layer) override;
   bool fetch_ahead(int worker, int layer, int part) override;
   void finished(int layer, int64_t start_ns, int64_t end_ns) override;

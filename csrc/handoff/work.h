@@ -14,6 +14,9 @@ class Work {
  public:
   virtual ~Work() = default;
 
+  // Called once a step before any worker runs it.
+  virtual void begin(int /*step*/) {}
+
   // Worker `worker`'s part of a step. What it throws becomes the pool's error.
   virtual void run(int worker, int step) = 0;
 

@@ -35,8 +35,8 @@ void check_case(const CaseShape& shape, const Policy& policy, int num_threads, u
   for (int layer = 0; layer < 2; ++layer) {
     problem.reset();
     const LayerMemory memory = problem.memory();
+    lap.begin_layer();
     for (int thread = num_threads - 1; thread >= 0; --thread) lap.attend(thread, memory);
-    lap.finish_layer();
     const std::string what = std::string(policy.name) + " threads " + std::to_string(num_threads) + " layer " +
                              std::to_string(layer) + " " + shape.describe();
     const double error = problem.output_error();
@@ -113,10 +113,10 @@ void test_threads(const Policy& policy) {
   Lap lap(problem.lap(), kThreads, policy);
   const LayerMemory memory = problem.memory();
   for (int layer = 0; layer < 20; ++layer) {
+    lap.begin_layer();
     std::vector<std::thread> threads;
     for (int i = 0; i < kThreads; ++i) threads.emplace_back([&, i] { lap.attend(i, memory); });
     for (std::thread& thread : threads) thread.join();
-    lap.finish_layer();
     CHECK(problem.output_error() <= allowed_error(shape.dtype), "error %g", problem.output_error());
   }
 }
