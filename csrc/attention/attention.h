@@ -65,10 +65,17 @@ class Lap {
   Lap(const Lap&) = delete;
   Lap& operator=(const Lap&) = delete;
 
+  // To be called before a layer's first `attend`, when no thread is at another layer.
+  void begin_layer() noexcept;
+
   // Thread `thread`'s share of one layer, then what others have not begun: appends the new k and v, attends, and merges
-  // what it is the last to finish. No allocation, no lock. Each thread is to call this once a layer, and all must
-  // return before any begins the lap's next layer.
+  // what it is the last to finish. No allocation, no lock. Each thread is to call this once a layer.
   void attend(int thread, const LayerMemory& memory) noexcept;
+
+
+  // Asks the memory for part 0, 1, ... of the K and V that thread `thread` reads first in a layer whose KV is `kv`, as
+  // much as its second-level cache should hold; whether there was such a part. Reads nothing of the layer.
+  bool fetch_ahead(int thread, const void* kv, int part) const noexcept;
 
   // Bytes of K and V that one layer reads.
   int64_t kv_bytes() const;

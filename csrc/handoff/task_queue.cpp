@@ -27,16 +27,16 @@ std::optional<TaskQueue::Pending> TaskQueue::next() {
   const std::scoped_lock lock(mutex_);
   if (head_ == tail_) return std::nullopt;
   polled_ = true;
-  return Pending{head_, slot(head_).ready};
+  return Pending{head_, &slot(head_), slot(head_).ready};
 }
 
-const Task* TaskQueue::begin(uint64_t ticket, bool is_ready, int64_t start_ns) {
+TaskQueue::Begun TaskQueue::begin(uint64_t ticket, bool is_ready, int64_t start_ns) {
   const std::scoped_lock lock(mutex_);
   polled_ = false;
-  if (!is_ready || head_ != ticket) return nullptr;
+  if (!is_ready || head_ != ticket) return {nullptr, nullptr};
   running_ = true;
   start_ns_ = start_ns;
-  return &slot(ticket);
+  return {&slot(ticket), ticket + 1 == tail_ ? nullptr : &slot(ticket + 1)};
 }
 
 void TaskQueue::finish() {

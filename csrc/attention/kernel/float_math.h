@@ -20,6 +20,15 @@ typename Simd::Vec exp2_by_polynomial(typename Simd::Vec x) {
   return Simd::times_power_of_two(result, whole);
 }
 
+// `x` in a register: else the compiler loads it again at each use, and the loads set the pace, not the products.
+template <class Vec>
+Vec held(Vec x) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(x));
+#endif
+  return x;
+}
+
 template <class SimdType, class ElementType>
 struct FloatMath {
   using Simd = SimdType;
@@ -50,10 +59,15 @@ struct FloatMath {
     if constexpr (kDone < kDim) store(packed + kDone, load_keys<kDim - kDone>(query + kDone));
   }
 
-  static Pair load_query(const Query* at) { return {Simd::load(at), Simd::load(at + Simd::kWidth)}; }
-
-  static Vec dot(Vec sum, const Pair& keys, const Pair& query) {
-    return Simd::fma(keys.second, query.second, Simd::fma(keys.first, query.first, sum));
+  // Adds to sums[i] what the lanes of keys[i] and the query contribute to their dot product.
+  template <int kCount>
+  static void dots(Vec* sums, const Pair* keys, const Query* query) {
+    const Vec first = load_for<kCount>(query);
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) sums[i] = Simd::fma(keys[i].first, first, sums[i]);
+    const Vec second = load_for<kCount>(query + Simd::kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) sums[i] = Simd::fma(keys[i].second, second, sums[i]);
   }
 
   static void store_weights(Weight* at, Vec weights) { Simd::store(at, weights); }
@@ -69,14 +83,22 @@ struct FloatMath {
     }
   }
 
-  // Of two tokens.
-  static Pair load_weights(const Weight* at) { return {Simd::broadcast(at[0]), Simd::broadcast(at[1])}; }
-
-  static Vec mix(Vec sum, const Pair& values, const Pair& weights) {
-    return Simd::fma(values.second, weights.second, Simd::fma(values.first, weights.first, sum));
+  // Adds to sums[i] the values[i] of two tokens times the tokens' weights.
+  template <int kCount>
+  static void mix(Vec* sums, const Pair* values, const Weight* weights) {
+    const Vec first = Simd::broadcast(weights[0]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) sums[i] = Simd::fma(values[i].first, first, sums[i]);
+    const Vec second = Simd::broadcast(weights[1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) sums[i] = Simd::fma(values[i].second, second, sums[i]);
   }
 
  private:
+  template <int kUses>
+  static Vec load_for(const float* at) {
+    return kUses > 1 ? held(Simd::load(at)) : Simd::load(at);
+  }
   static void store(Query* at, const Pair& pair) {
     Simd::store(at, pair.first);
     Simd::store(at + Simd::kWidth, pair.second);

@@ -1,4 +1,5 @@
-// Prefetching a chunk of tiles. For the files of one instruction set only: all is local to the file that includes it.
+// What is asked for while a chunk is attended. For the files of one instruction set only: all is local to the file that
+// includes it.
 #pragma once
 
 #include "attention/kernel/attend.h"
@@ -6,32 +7,59 @@
 namespace neo {
 namespace {
 
-// The tiles to ask for while a chunk is attended, line by line. K or V of 16 tokens is a memory page or so, and the lines
-// are taken from all of these in turn: the processor's own prefetch follows each page apart, so many are on their way at
-// once.
+// The tiles ahead of a chunk's tiles, asked for line by line. Taken apart into K or V of 16 tokens they are eight
+// memory pages or so, and the lines come from all of these in turn: the processor's own prefetch follows each page
+// apart, so it helps with all. Each page starts at a line of its own, as equal places in pages compete for the same set
+// of the cache.
+template <class Element, int kDim>
 class Lookahead {
  public:
   Lookahead() = default;
-  Lookahead(const char* const* tiles, int num_tiles, int64_t tile_bytes, int64_t part_bytes) {
-    const bool full = num_tiles * tile_bytes == kParts * part_bytes;
+  Lookahead(const Chunk<Element>& chunk, int block_size) {
     int num_parts = 0;
-    for (int i = 0; i < num_tiles; ++i) {
-      for (int64_t at = 0; at < tile_bytes; at += part_bytes) parts_[num_parts++] = tiles[i] + at;
+    for (int i = 0; i < chunk.num_tiles; ++i) {
+      const char* tile = reinterpret_cast<const char*>(chunk.ahead[i]);
+      for (int j = 0; j < 2 * block_size / kSmallestBlock; ++j) parts_[num_parts++] = tile + j * kPartBytes;
     }
-    if (full) return;
-    for (int64_t at = 0; at < part_bytes; at += kCacheLine) {
-      for (int i = 0; i < num_parts; ++i) prefetch(parts_[i] + at);
+    if (num_parts < kParts) ask_at_once(num_parts);
+  }
+
+  // While bytes [first, first + kBytes) of the chunk are read.
+  template <unsigned kBytes>
+  void ask_beside(unsigned first) const {
+    if constexpr (kBytes % kCacheLine == 0) {
+#pragma GCC unroll 16
+      for (unsigned i = 0; i < kBytes / kCacheLine; ++i) ask(first / kCacheLine + i);
+    } else {
+      for (unsigned line = first / kCacheLine; line < (first + kBytes) / kCacheLine; ++line) ask(line);
+    }
+  }
+
+  // `bytes`, if steps of kStep count them: tells the compiler, where that is so, whose turn it is.
+  template <unsigned kStep>
+  static unsigned in_turns(unsigned bytes) {
+    constexpr unsigned kTurn = kParts * kCacheLine;
+    return kStep % kTurn == 0 ? bytes / kTurn * kTurn : bytes;
+  }
+
+ private:
+  static constexpr int kParts = 2 * kChunk / kSmallestBlock;
+  static constexpr unsigned kPartBytes = kSmallestBlock * kDim * sizeof(Element);
+  static constexpr unsigned kLines = kPartBytes / kCacheLine;
+
+  void ask(unsigned line) const {
+    const unsigned part = line % kParts, start = (kParts - part) * (kLines / kParts);
+    const uint64_t place = (line / kParts + start) % kLines;
+    prefetch(parts_[part] + place * kCacheLine);
+  }
+
+  // What is left of a sequence goes by too fast for turns.
+  void ask_at_once(int num_parts) {
+    for (int i = 0; i < num_parts; ++i) {
+      for (unsigned at = 0; at < kPartBytes; at += kCacheLine) prefetch(parts_[i] + at);
     }
     for (int i = num_parts; i < kParts; ++i) parts_[i] = parts_[0];
   }
-
-  void ask(unsigned line) const {
-    prefetch(parts_[line % kParts] + static_cast<uint64_t>(line / kParts * kCacheLine));
-  }
-
-  static constexpr unsigned kParts = 2 * kChunk / kSmallestBlock;
-
- private:
 
   const char* parts_[kParts];
 };

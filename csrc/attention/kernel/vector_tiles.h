@@ -4,13 +4,15 @@
 // `Math` names the Element, the Simd and how elements are multiplied:
 //   Query            what a query element is kept as; kQuerySize of them for a head
 //   Keys             one step of K, kStep elements, ready to multiply; load_keys<kCount>(pointer)
-//   dot(sum, keys, query)
+//   dots<kCount>(sums, keys, query)
 //   Weight           what a softmax weight is kept as; store_weights(Weight*, Vec)
-//   Values           kWidth dims of two tokens; load_values(...), PairWeight, pair_weight(Weight*), mix(sum, values, w)
+//   Values           kWidth dims of two tokens; load_values(...)
+//   mix<kCount>(sums, values, weights)
 #pragma once
 
 #include "attention/kernel/attend.h"
 #include "attention/kernel/lookahead.h"
+#include "attention/kernel/online_softmax.h"
 #include "attention/kernel/scratch.h"
 
 namespace neo {
@@ -30,14 +32,6 @@ constexpr int divisor_up_to(int n, int limit) {
   return result;
 }
 
-// Keeps the compiler from loading `x` again at each use: the loads, not the products, would then set the pace.
-template <class Vec>
-void hold(Vec& x) {
-#if defined(__x86_64__)
-  __asm__("" : "+v"(x));
-#endif
-}
-
 template <class MathType, int kHeadDim>
 class VectorTiles {
  public:
@@ -46,7 +40,7 @@ class VectorTiles {
   using Simd = typename Math::Simd;
   using Vec = typename Simd::Vec;
   static constexpr int kDim = kHeadDim;
-  static constexpr int64_t kBytesAhead = 2 * kChunk * kDim * sizeof(Element);
+  static constexpr int kTokensAhead = kChunk;  // nearer it comes too late, further it falls out of the first cache
 
   float* scores;  // [head][kChunk]
   float* maxima;  // [head]
@@ -86,10 +80,18 @@ class VectorTiles {
     Math::store_weights(weights_ + head * kChunk + token, weights);
   }
 
+  float maximum(int head) const { return maxima[head]; }
+  float sum(int head) const { return Simd::reduce_add(Simd::load(sums + head * kWidth)); }
+
+  void attend(const Chunk<Element>& chunk, float scale) {
+    score(chunk);
+    online_softmax(*this, group_, chunk.num_tokens, scale);
+    accumulate(chunk);
+  }
+
   // scores[h][t] = q[h] . k[t], and garbage for tokens past num_tokens.
   void score(const Chunk<Element>& chunk) {
-    ahead_ = Lookahead(reinterpret_cast<const char* const*>(chunk.ahead), chunk.num_tiles, 2 * block_size_ * kRowBytes,
-                       kSmallestBlock * kRowBytes);
+    ahead_ = Ahead(chunk, block_size_);
     for_head_runs([&](auto num_heads, auto first_run, int head) {
       constexpr int kHeads = decltype(num_heads)::value;
       for (int i = 0; i < chunk.num_tiles; ++i) {
@@ -114,6 +116,8 @@ class VectorTiles {
   }
 
  private:
+  using Ahead = Lookahead<Element, kDim>;
+
   static constexpr int kWidth = Simd::kWidth;
   static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(Element));
   static constexpr int kMaxHeads = Simd::kMaxHeads;
@@ -154,9 +158,7 @@ class VectorTiles {
   template <int kHeads, bool kAsk>
   void score_run(const Element* keys, unsigned bytes, const typename Math::Query* queries, float* to) {
     constexpr int kTokens = kWidth / kHeads;
-    // So that the compiler knows which part is next.
-    constexpr unsigned kTurn = Lookahead::kParts * kCacheLine;
-    if constexpr (kTokens * kRowBytes % kTurn == 0) bytes = bytes / kTurn * kTurn;
+    bytes = Ahead::template in_turns<kTokens * kRowBytes>(bytes);
     Vec dots[kWidth];
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) dots[i] = Simd::zero();
@@ -166,7 +168,8 @@ class VectorTiles {
     }
     if constexpr (kDim % kStep != 0) {
       constexpr int kDone = kDim / kStep * kStep;
-      score_step<kHeads, kDim - kDone, kAsk>(dots, keys + kDone, bytes + kDone * kTokens * sizeof(Element), queries + kDone);
+      score_step<kHeads, kDim - kDone, kAsk>(dots, keys + kDone, bytes + kDone * kTokens * sizeof(Element),
+                                             queries + kDone);
     }
     Simd::template store_sums<kHeads>(dots, to, kChunk);
   }
@@ -175,14 +178,14 @@ class VectorTiles {
   template <int kHeads, int kCount, bool kAsk>
   void score_step(Vec* dots, const Element* keys, unsigned bytes, const typename Math::Query* queries) {
     constexpr int kTokens = kWidth / kHeads;
-    if constexpr (kAsk) ask_beside<kTokens * kCount * sizeof(Element)>(bytes);
+    if constexpr (kAsk) ahead_.template ask_beside<kTokens * kCount * sizeof(Element)>(bytes);
     if constexpr (kHeads <= kTokens) {
 #pragma GCC unroll 16
       for (int t = 0; t < kTokens; ++t) {
         const auto key = Math::template load_keys<kCount>(keys + t * kDim);
 #pragma GCC unroll 8
         for (int h = 0; h < kHeads; ++h) {
-          dots[h * kTokens + t] = Math::dot(dots[h * kTokens + t], key, Math::load_query(queries + h * kQuerySize));
+          Math::template dots<1>(dots + h * kTokens + t, &key, queries + h * kQuerySize);
         }
       }
     } else {
@@ -193,23 +196,8 @@ class VectorTiles {
       }
 #pragma GCC unroll 8
       for (int h = 0; h < kHeads; ++h) {
-        auto query = Math::load_query(queries + h * kQuerySize);
-        hold(query.first);
-        hold(query.second);
-#pragma GCC unroll 16
-        for (int t = 0; t < kTokens; ++t) dots[h * kTokens + t] = Math::dot(dots[h * kTokens + t], key[t], query);
+        Math::template dots<kTokens>(dots + h * kTokens, key, queries + h * kQuerySize);
       }
-    }
-  }
-
-  // While bytes [first, first + kBytes) of the chunk are read.
-  template <unsigned kBytes>
-  void ask_beside(unsigned first) const {
-    if constexpr (kBytes % kCacheLine == 0) {
-#pragma GCC unroll 16
-      for (unsigned i = 0; i < kBytes / kCacheLine; ++i) ahead_.ask(first / kCacheLine + i);
-    } else {
-      for (unsigned line = first / kCacheLine; line < (first + kBytes) / kCacheLine; ++line) ahead_.ask(line);
     }
   }
 
@@ -223,14 +211,14 @@ class VectorTiles {
 #pragma GCC unroll 16
       for (int i = 0; i < kVecs; ++i) mixed[h][i] = Simd::load(at + h * kDim + i * kWidth);
     }
-    unsigned bytes = (chunk.num_tokens * kDim + dim * chunk.num_tokens) * sizeof(Element);
+    unsigned bytes = (kDim + dim) * chunk.num_tokens * sizeof(Element);
     for (int tile = 0; tile < chunk.num_tiles; ++tile) {
       const int left = chunk.num_tokens - tile * block_size_;
       const int num_tokens = left < block_size_ ? left : block_size_;
       const Element* v = chunk.tiles[tile] + block_size_ * kDim;
       const typename Math::Weight* weights = weights_ + head * kChunk + tile * block_size_;
       for (int t = 0; t < num_tokens; t += 2) {
-        if constexpr (kAsk) ask_beside<kPairBytes>(bytes);
+        if constexpr (kAsk) ahead_.template ask_beside<kPairBytes>(bytes);
         bytes += kPairBytes;
         const bool whole = t + 1 < num_tokens;
         if constexpr (kHeads <= kVecs) {
@@ -239,7 +227,7 @@ class VectorTiles {
             const auto pair = Math::template load_values<kDim>(v, t, dim + i * kWidth, whole);
 #pragma GCC unroll 8
             for (int h = 0; h < kHeads; ++h) {
-              mixed[h][i] = Math::mix(mixed[h][i], pair, Math::load_weights(weights + h * kChunk + t));
+              Math::template mix<1>(&mixed[h][i], &pair, weights + h * kChunk + t);
             }
           }
         } else {
@@ -250,9 +238,7 @@ class VectorTiles {
           }
 #pragma GCC unroll 8
           for (int h = 0; h < kHeads; ++h) {
-            const auto pair_weights = Math::load_weights(weights + h * kChunk + t);
-#pragma GCC unroll 16
-            for (int i = 0; i < kVecs; ++i) mixed[h][i] = Math::mix(mixed[h][i], pairs[i], pair_weights);
+            Math::template mix<kVecs>(mixed[h], pairs, weights + h * kChunk + t);
           }
         }
       }
@@ -266,7 +252,7 @@ class VectorTiles {
 
   int group_;
   int block_size_;
-  Lookahead ahead_;
+  Ahead ahead_;
   typename Math::Query* queries_;   // [head][kQuerySize]
   typename Math::Weight* weights_;  // [head][kChunk]
 };
