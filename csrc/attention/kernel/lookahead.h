@@ -9,8 +9,8 @@ namespace {
 
 // The tiles ahead of a chunk's tiles, asked for line by line. Taken apart into K or V of 16 tokens they are eight
 // memory pages or so, and the lines come from all of these in turn: the processor's own prefetch follows each page
-// apart, so it helps with all. Each page starts at a line of its own, as equal places in pages compete for the same set
-// of the cache.
+// apart, so it helps with all. Each page is two lines further than the one before it, as equal places in pages compete
+// for one set of the cache.
 template <class Element, int kDim>
 class Lookahead {
  public:
@@ -48,8 +48,8 @@ class Lookahead {
   static constexpr unsigned kLines = kPartBytes / kCacheLine;
 
   void ask(unsigned line) const {
-    const unsigned part = line % kParts, start = (kParts - part) * (kLines / kParts);
-    const uint64_t place = (line / kParts + start) % kLines;
+    const unsigned part = line % kParts;
+    const uint64_t place = (line / kParts + 2 * part) % kLines;
     prefetch(parts_[part] + place * kCacheLine);
   }
 
