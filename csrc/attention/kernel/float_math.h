@@ -72,14 +72,13 @@ struct FloatMath {
 
   static void store_weights(Weight* at, Vec weights) { Simd::store(at, weights); }
 
-  // Dims [dim, dim + kWidth) of tokens `token` and, if `whole`, the one after it.
+  // Dims [dim, dim + kWidth) of the token at `v` and, if `whole`, the one after it.
   template <int kDim>
-  static Pair load_values(const Element* v, int token, int dim, bool whole) {
+  static Pair load_values(const Element* v, int dim, bool whole) {
     if constexpr (kPairedV<Element>) {
-      return load_keys<kStep>(v + token * kDim + 2 * dim);
+      return load_keys<kStep>(v + 2 * dim);
     } else {
-      const Element* at = v + token * kDim + dim;
-      return {Simd::load(at), whole ? Simd::load(at + kDim) : Simd::zero()};
+      return {Simd::load(v + dim), whole ? Simd::load(v + dim + kDim) : Simd::zero()};
     }
   }
 

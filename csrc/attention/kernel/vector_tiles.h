@@ -154,7 +154,7 @@ class VectorTiles {
     return 1;
   }
 
-  // kWidth scores: of kHeads heads with kWidth / kHeads tokens each.
+  // kWidth scores: of kHeads heads with kWidth / kHeads tokens each. `bytes` of the chunk were read before.
   template <int kHeads, bool kAsk>
   void score_run(const Element* keys, unsigned bytes, const typename Math::Query* queries, float* to) {
     constexpr int kTokens = kWidth / kHeads;
@@ -201,6 +201,26 @@ class VectorTiles {
     }
   }
 
+  // Two tokens' values, or one's if not `whole`, into what is mixed. Here, too, registers keep what is fewer.
+  template <int kHeads, int kVecs>
+  static void mix_pair(Vec (&mixed)[kHeads][kVecs], const Element* v, int dim, bool whole,
+                       const typename Math::Weight* weights) {
+    if constexpr (kHeads <= kVecs) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kVecs; ++i) {
+        const auto pair = Math::template load_values<kDim>(v, dim + i * kWidth, whole);
+#pragma GCC unroll 8
+        for (int h = 0; h < kHeads; ++h) Math::template mix<1>(&mixed[h][i], &pair, weights + h * kChunk);
+      }
+    } else {
+      typename Math::Values pairs[kVecs];
+#pragma GCC unroll 16
+      for (int i = 0; i < kVecs; ++i) pairs[i] = Math::template load_values<kDim>(v, dim + i * kWidth, whole);
+#pragma GCC unroll 8
+      for (int h = 0; h < kHeads; ++h) Math::template mix<kVecs>(mixed[h], pairs, weights + h * kChunk);
+    }
+  }
+
   template <int kHeads, int kVecs, bool kAsk>
   void accumulate_run(const Chunk<Element>& chunk, int head, int dim) {
     constexpr unsigned kPairBytes = 2 * kVecs * kWidth * sizeof(Element);
@@ -220,27 +240,7 @@ class VectorTiles {
       for (int t = 0; t < num_tokens; t += 2) {
         if constexpr (kAsk) ahead_.template ask_beside<kPairBytes>(bytes);
         bytes += kPairBytes;
-        const bool whole = t + 1 < num_tokens;
-        if constexpr (kHeads <= kVecs) {
-#pragma GCC unroll 16
-          for (int i = 0; i < kVecs; ++i) {
-            const auto pair = Math::template load_values<kDim>(v, t, dim + i * kWidth, whole);
-#pragma GCC unroll 8
-            for (int h = 0; h < kHeads; ++h) {
-              Math::template mix<1>(&mixed[h][i], &pair, weights + h * kChunk + t);
-            }
-          }
-        } else {
-          typename Math::Values pairs[kVecs];
-#pragma GCC unroll 16
-          for (int i = 0; i < kVecs; ++i) {
-            pairs[i] = Math::template load_values<kDim>(v, t, dim + i * kWidth, whole);
-          }
-#pragma GCC unroll 8
-          for (int h = 0; h < kHeads; ++h) {
-            Math::template mix<kVecs>(mixed[h], pairs, weights + h * kChunk + t);
-          }
-        }
+        mix_pair(mixed, v + t * kDim, dim, t + 1 < num_tokens, weights + t);
       }
     }
 #pragma GCC unroll 8
