@@ -38,13 +38,16 @@ class Linear(Protocol):
         """Output projection and MLP."""
 
 
+_NOTHING = torch.empty(0)
+
+
 class EagerLinear:
-    """`Linear`, enqueued kernel by kernel, in tensors of the lap's own."""
+    """`Linear`, enqueued kernel by kernel, in tensors of the lap's own, each given back once nobody reads it."""
 
     def __init__(self, model: Decoder) -> None:
         self._model = model
-        self._positions_T = torch.empty(0)
-        self.x_TE = self.residual_TE = self.qkv_TCD = self.attn_THD = torch.empty(0)
+        self._positions_T = _NOTHING
+        self.x_TE = self.residual_TE = self.qkv_TCD = self.attn_THD = _NOTHING
 
     def embed(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> None:
         shape = self._model.shape
@@ -56,6 +59,8 @@ class EagerLinear:
         residual_TE = self.residual_TE if layer else None
         decoder_layer = self._model.layers[layer]
         self.qkv_TCD, self.residual_TE = decoder_layer.before_attention(self.x_TE, residual_TE, self._positions_T)
+        self.x_TE = _NOTHING
 
     def post(self, layer: int) -> None:
+        self.qkv_TCD = _NOTHING
         self.x_TE, self.residual_TE = self._model.layers[layer].after_attention(self.attn_THD, self.residual_TE)

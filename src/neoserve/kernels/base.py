@@ -130,6 +130,15 @@ class Ops(ABC):
         """silu_and_mul(linear(x))."""
         return self.silu_and_mul(functional.linear(x_TE, weight, bias))
 
+    def linear_into(
+        self, out_TE: torch.Tensor, x_TF: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """linear(x), into `out_TE`."""
+        if bias is None:
+            torch.mm(x_TF, weight.t(), out=out_TE)
+        else:
+            torch.addmm(bias, x_TF, weight.t(), out=out_TE)
+
     def logits(self, x_TE: torch.Tensor, head_VE: torch.Tensor) -> torch.Tensor:
         """linear(x) as float32."""
         return functional.linear(x_TE, head_VE).float()

@@ -9,6 +9,7 @@ P tokens per block, L layers, X = 2KPD values of a host block.
 from __future__ import annotations
 
 import weakref
+from typing import ClassVar
 
 import torch
 
@@ -28,6 +29,8 @@ class FlashInferOps(Ops):
     Raises `UnsupportedModelError` for a head dim that the kernels lack, `ConfigError` for float32.
     """
 
+    _decodes: ClassVar[bool] = True
+
     def __init__(self, shape: ModelShape, dtype: torch.dtype, block_size: int, device: torch.device) -> None:
         if shape.head_dim not in HEAD_DIMS:
             raise UnsupportedModelError(
@@ -37,7 +40,7 @@ class FlashInferOps(Ops):
             raise ConfigError(f"dtype {dtype} cannot run on a GPU here; expected bfloat16 or float16")
         self._geometry = PagedGeometry(shape.num_query_heads, shape.num_kv_heads, shape.head_dim, block_size, dtype)
         self._device = device
-        self._workspace = self._geometry.workspace(device)
+        self._workspace = self._geometry.workspace(device, decode=self._decodes)
         self._idle: dict[bool, list[Planner]] = {False: [], True: []}
 
     def rms_norm(self, x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
