@@ -216,7 +216,7 @@ class Calibration:
         )
 
     def _host_us(self, num_rows: int, length: int) -> float:
-        """One layer's task of the worker pool."""
+        """One layer's task of the worker pool, from its start: waking the workers is the hand-off's."""
         executor, config = self._executor, self._config
         assert executor.pool is not None
         attention = executor.host_attention(executor.pool)
@@ -231,13 +231,10 @@ class Calibration:
             qkv_address=qkv_TCD.data_ptr(),
             out_address=out_THD.data_ptr(),
         )
-        times = []
         for turn in range(REPEATS + 1):
-            layer = turn % self._shape.num_layers
-            start_s = time.perf_counter()
-            attention.attend(lap, layer)
-            times.append((time.perf_counter() - start_s) * 1e6)
-        return statistics.median(times[1:])
+            attention.attend(lap, turn % self._shape.num_layers)
+        _, start_ns, end_ns = lap.timeline()[1:].T
+        return float(np.median(end_ns - start_ns)) / 1e3
 
     def _host_attention(self) -> tuple[float, float, float]:
         """Fixed cost of a task, cost of each KV token, cost of each row."""
