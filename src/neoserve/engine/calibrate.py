@@ -27,8 +27,6 @@ from neoserve.scheduling.cost import CostTable, Curve
 REPEATS = 5
 LINEAR_ROWS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 MAX_RECORDED_ROWS = 256
-_GROUP = 3
-"""Of the device's recordings; the engine's own have others."""
 MAX_LAYERS = 8
 """Layers that a linear measurement goes through: enough that none finds its weights in a cache."""
 
@@ -109,7 +107,7 @@ class Calibration:
         self._device.submit(work).wait()
         if recorded:
             replays: list[Callable[[], None]] = []
-            self._device.submit(lambda: replays.append(self._device.record(work, _GROUP))).wait()
+            self._device.submit(lambda: replays.append(self._device.record(work, None))).wait()
             work = replays[0]
         times = []
         for _ in range(repeats):
