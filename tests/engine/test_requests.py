@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from neoserve.core.errors import ConfigError, QueueFullError, RequestTooLongError
 from neoserve.core.plan import TokenLogprobs
 from neoserve.core.request import SamplingParams
 from tests.engine.conftest import Tiny
 from tests.engine.driving import MODES, ON_GPU, check_greedy, engine, finish, generate, request
+from tests.families import reference_logits, rounded_logits
 
 PROMPT = [5, 9, 17, 4, 77, 21, 8]
 ROUNDING_MARGIN = 1.5
@@ -101,7 +99,7 @@ def test_logprobs_equal_transformers(tiny: Tiny, mode: str) -> None:
         core.add(request(core, "plain", PROMPT, SamplingParams(temperature=0, max_tokens=5)))
         events = finish(core)["a"]
     ids = prompt + [token for event in events for token in event.token_ids]
-    exact_TV = logprobs_of(tiny.model, ids)
+    exact_TV = reference_logits(tiny.model, ids).log_softmax(-1)
     found = [item for event in events for item in (*event.prompt_logprobs, *event.logprobs)]
     assert len(found) == len(ids) - 1
     for position, item in enumerate(found):
@@ -111,17 +109,10 @@ def test_logprobs_equal_transformers(tiny: Tiny, mode: str) -> None:
     tokens, values = zip(*pairs, strict=True)
     errors = torch.tensor(values) - exact_TV[rows, tokens]
     if ON_GPU:
-        rounded_TV = logprobs_of(copy.deepcopy(tiny.model).to("cuda", torch.bfloat16), ids)
+        rounded_TV = rounded_logits(tiny.model, ids).log_softmax(-1)
         assert errors.norm() < ROUNDING_MARGIN * (rounded_TV - exact_TV)[rows, tokens].norm()
     else:
         assert errors.abs().max() < 1e-3
-
-
-def logprobs_of(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    """Of every token at every position by transformers, float32 on the CPU."""
-    with torch.inference_mode():
-        logits: torch.Tensor = model(torch.tensor([ids], device=model.device)).logits[0]
-    return logits.float().log_softmax(-1).cpu()
 
 
 def check_ids(item: TokenLogprobs, exact_V: torch.Tensor, token_id: int, num_top: int) -> None:

@@ -51,13 +51,14 @@ def free_host_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 class DeviceBudget:
     """Memory of a GPU, in bytes, as measured at start before there is a pool.
 
-    ours: what NEO may use. used: in use, the model and whatever is recorded included. lap: what the largest lap takes
-    while it runs, with what sampling keeps once a request asks for penalties.
+    ours: what NEO may use. used: in use with the model. lap: what the largest lap takes while it runs, with what
+    sampling keeps once a request asks for penalties. recordings: what they take.
     """
 
     ours: int
     used: int
     lap: int
+    recordings: int
 
     @classmethod
     def measure(
@@ -65,20 +66,19 @@ class DeviceBudget:
     ) -> DeviceBudget:
         """By running the parts of the largest lap, which loads their kernels, and by recording for `config` once.
 
-        recordings: whether to; without, they are not in `used`.
+        recordings: whether to record; else they count as nothing.
         """
         lap_bytes = _lap_bytes(device, model, config)
         release_unused(device)
         used_bytes = device.total_bytes() - device.free_bytes()
-        if recordings:
-            used_bytes = measure_recordings(device, model, config)
-            release_unused(device)
-        return cls(int(device.total_bytes() * utilization), used_bytes, lap_bytes)
+        recorded_bytes = measure_recordings(device, model, config) if recordings else 0
+        release_unused(device)
+        return cls(int(device.total_bytes() * utilization), used_bytes, lap_bytes, recorded_bytes)
 
     @property
     def kv(self) -> int:
         """What is left for KV and staging."""
-        return self.ours - self.used - self.lap - SPARE_BYTES
+        return self.ours - self.used - self.lap - self.recordings - SPARE_BYTES
 
     def check(self, executor: Executor, recorded_bytes: int) -> None:
         """Log where the memory went, once all is in its place; raises `ConfigError` if it is more than NEO may use."""
@@ -88,7 +88,7 @@ class DeviceBudget:
             "weights": executor.model.weights.num_bytes,
             "KV": store.device_LN2KPD.nbytes,
             "staging": store.staging_LN2KPD.nbytes,
-            "graphs": recorded_bytes,
+            "graphs": max(recorded_bytes, self.recordings),  # the driver keeps what the first ones took for the next
         }
         parts["CUDA, kernels and workspaces"] = used_bytes - sum(parts.values())
         parts["largest lap"] = self.lap

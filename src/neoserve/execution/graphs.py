@@ -259,17 +259,18 @@ class Graphs:
 
 
 def measure_recordings(device: Device, model: Decoder, config: ResolvedConfig) -> int:
-    """Memory of the device in use while all recordings of `config` are there, which end with this call.
+    """Memory of the device that all recordings of `config` take with their tensors; they end with this call.
 
     They run over a pool of a single block: what they take does not depend on its size, which is found by it.
     """
     device.synchronise()
+    free_bytes = device.free_bytes()
     store = KVStore(replace(config, device_blocks=0, host_blocks=0, staging_blocks=0), device)
     last_ids_S = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device.torch_device)
     graphs = Graphs(device, model, store, last_ids_S, config)
     device.synchronise()
     graphs.record()
-    return device.total_bytes() - device.free_bytes()
+    return free_bytes - device.free_bytes()
 
 
 _NO_SEQUENCES = PagedBatch(*(np.zeros(size, dtype=np.int32) for size in (1, 1, 0, 0)))

@@ -23,7 +23,7 @@ from neoserve.core.request import Request
 from neoserve.execution.noise import gumbel_noise, mix64, row_keys
 
 MIN_TEMPERATURE = 1e-5  # below it, dividing could overflow
-DRAW_ELEMENTS = 2**22  # rows are drawn in groups of about so many logits, to bound scratch memory at 128 MiB
+DRAW_ELEMENTS = 2**21  # rows are drawn in groups of about so many logits, to bound scratch memory at 128 MiB
 _IN_PROMPT, _GENERATED, _MOST = 1, 2, 2**15 - 2
 """What `SamplingState` keeps of a token: a bit, so much for each time that it was generated, and where that ends."""
 
