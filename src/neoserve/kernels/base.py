@@ -130,15 +130,6 @@ class Ops(ABC):
         """silu_and_mul(linear(x))."""
         return self.silu_and_mul(functional.linear(x_TE, weight, bias))
 
-    def linear_into(
-        self, out_TE: torch.Tensor, x_TF: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> None:
-        """linear(x), into `out_TE`."""
-        if bias is None:
-            torch.mm(x_TF, weight.t(), out=out_TE)
-        else:
-            torch.addmm(bias, x_TF, weight.t(), out=out_TE)
-
     def logits(self, x_TE: torch.Tensor, head_VE: torch.Tensor) -> torch.Tensor:
         """linear(x) as float32."""
         return functional.linear(x_TE, head_VE).float()
@@ -162,7 +153,7 @@ class Ops(ABC):
 
     @abstractmethod
     def silu_and_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
-        """silu(first half of the last dimension) * second half."""
+        """silu(first half of the last dimension) * second half; may be in place, a view of its first half."""
 
     @abstractmethod
     def plan_attention(self, batch: PagedBatch, *, decode: bool) -> PagedAttention:

@@ -93,4 +93,4 @@ class FusedOps(FlashInferOps):
 
     def _partial_sums(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
         share = split(len(x_TK), weight_NK, self._gpu)
-        return partial_sums(x_TK, weight_NK, share, dependent=self._dependent)
+        return partial_sums(x_TK.contiguous(), weight_NK, share, dependent=self._dependent)

@@ -28,11 +28,6 @@ from neoserve.models.rope import rope_cache
 from neoserve.models.spec import ModelSpec
 from neoserve.models.weights import DecoderWeights, LayerWeights
 
-MLP_ROWS = 512
-"""Rows that pass through the MLP together. Its activations are several times as wide as the model, and would be most of
-the memory of a lap; a GPU multiplies so many rows as fast as more."""
-_ROW_TILE = 128
-
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
@@ -67,14 +62,11 @@ class DecoderLayer:
         x_TE = ops.linear_add_rms_norm(
             attn_THD.flatten(-2), weights.output, weights.output_bias, residual_TE, weights.post_norm_E, eps
         )
-        if len(x_TE) <= MLP_ROWS:
-            h_TF = ops.linear_silu_and_mul(x_TE, weights.gate_up, weights.gate_up_bias)
-            x_TE = ops.linear_add_rms_norm(h_TF, weights.down, weights.down_bias, residual_TE, self.next_norm_E, eps)
-            return x_TE, residual_TE
-        for part_TE in x_TE.split(_mlp_part(len(x_TE))):
-            h_TF = ops.linear_silu_and_mul(part_TE, weights.gate_up, weights.gate_up_bias)
-            ops.linear_into(part_TE, h_TF, weights.down, weights.down_bias)
-        return ops.add_rms_norm(x_TE, residual_TE, self.next_norm_E, eps), residual_TE
+        del attn_THD  # what is no longer read need not lie beside the MLP's activations, the widest of all
+        h_TF = ops.linear_silu_and_mul(x_TE, weights.gate_up, weights.gate_up_bias)
+        del x_TE
+        x_TE = ops.linear_add_rms_norm(h_TF, weights.down, weights.down_bias, residual_TE, self.next_norm_E, eps)
+        return x_TE, residual_TE
 
 
 class Decoder:
@@ -105,12 +97,6 @@ class Decoder:
         if row_ids_B is not None:
             x_TE = x_TE.index_select(0, row_ids_B)
         return self._ops.logits(x_TE, self.weights.head_VE)
-
-
-def _mlp_part(num_rows: int) -> int:
-    """Rows of each of the fewest equal parts that `MLP_ROWS` allows, in whole tiles of a matrix product."""
-    num_parts = -(-num_rows // MLP_ROWS)
-    return -(-num_rows // (num_parts * _ROW_TILE)) * _ROW_TILE
 
 
 def _heads(spec: ModelSpec, layer: LayerWeights, cache_PD: torch.Tensor) -> Heads:
