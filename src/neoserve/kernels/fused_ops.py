@@ -19,7 +19,7 @@ from neoserve.kernels.row_kernels import add_norm, rope_heads
 from neoserve.kernels.skinny_linear import Multiprocessors, fits, gated, partial_sums, split
 
 _DEPENDENT_LAUNCH_MAJOR = 9
-_ATTENTION_PROGRAMS = 2
+_ATTENTION_PROGRAMS = 4
 """Of a multiprocessor at once."""
 
 
