@@ -1,9 +1,9 @@
 """Decode attention over the paged KV, one new row a sequence, which is appended on the way.
 
-All programs run at once, with equal shares of all sequences' tokens however lengths differ (`decode_plans`); a second
-kernel merges what programs have of one sequence, its chunks, in order.
+Sequences are cut into chunks of about equal size (`decode_plans`), so that programs have equal shares however lengths
+differ; a second kernel merges a sequence's chunks, in order.
 
-Shape letters: B sequences, H query heads, K kv heads, G = H / K, D head dim, N blocks, P tokens per block, C chunks.
+Shape letters: B sequences, H query heads, K kv heads, G = H / K, D head dim, N blocks, P tokens per block, W chunks.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import triton
 import triton.language as tl
 
 from neoserve.kernels.base import PagedBatch
-from neoserve.kernels.decode_plans import TILE_TOKENS, DecodeArrays, DecodePlanBuffer
+from neoserve.kernels.decode_plans import DecodeArrays, DecodePlanBuffer
 from neoserve.kernels.dependent_launch import launch_dependents, wait_for_predecessor
 from neoserve.kernels.paged_arrays import bucket_size
 
-_TILE_BYTES = 2**14
-"""Of K, and of V, that a program loads at a time, at most."""
+_TILE = 64
 _WARPS = 2
 _STAGES = 4
 _MERGE_TILE = 16
@@ -36,13 +35,11 @@ def _attend_chunks(  # type: ignore[no-untyped-def]
     k_ptr,
     v_ptr,
     kv_ptr,
-    program_chunk_ptr,
-    chunk_sequence_ptr,
-    chunk_first_ptr,
-    chunk_stop_ptr,
+    block_ids_ptr,
     block_start_ptr,
     lengths_ptr,
-    block_ids_ptr,
+    chunk_sequence_ptr,
+    chunk_start_ptr,
     partial_ptr,
     weight_ptr,
     q_row_stride,
@@ -57,58 +54,58 @@ def _attend_chunks(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Program (kv head, share): of each of its chunks the softmax-weighted values [GROUP, D], and their log2 of the sum
-    of weights."""
-    head = tl.program_id(0)
-    share = tl.program_id(1)
-    first_chunk = tl.load(program_chunk_ptr + share)  # a plan is there before the lap
-    stop_chunk = tl.load(program_chunk_ptr + share + 1)
+    """Program (kv head, chunk): softmax-weighted values [GROUP, D] of a chunk, and their log2 of the sum of weights."""
     if DEPENDENT:
         launch_dependents()
         wait_for_predecessor()
+    head = tl.program_id(0)
+    chunk = tl.program_id(1)
+    sequence = tl.load(chunk_sequence_ptr + chunk)
+    if sequence < 0:
+        return
+    first_chunk = tl.load(chunk_start_ptr + sequence)
+    newest = tl.load(lengths_ptr + sequence) - 1
+    chunk_size = tl.cdiv(newest, tl.load(chunk_start_ptr + sequence + 1) - first_chunk)
+    start = (chunk - first_chunk) * chunk_size
+    stop = tl.minimum(start + chunk_size, newest)
+    table = block_ids_ptr + tl.load(block_start_ptr + sequence)
     g = tl.arange(0, GROUP_TILE)
     d = tl.arange(0, D)
-    token = tl.arange(0, TILE)
     is_head = g[:, None] < GROUP
+    q_rows = q_ptr + sequence * q_row_stride + (head * GROUP + g[:, None]) * D
+    q = tl.load(q_rows + d[None, :], mask=is_head, other=0.0)
+    top = tl.full((GROUP_TILE,), -float("inf"), dtype=tl.float32)
+    weights = tl.zeros((GROUP_TILE,), dtype=tl.float32)
+    values = tl.zeros((GROUP_TILE, D), dtype=tl.float32)
+    if chunk == first_chunk:  # the first chunk takes the new token, and appends it
+        k_new = tl.load(k_ptr + sequence * k_row_stride + head * D + d)
+        v_new = tl.load(v_ptr + sequence * k_row_stride + head * D + d)
+        slot = kv_ptr + tl.load(table + newest // P).to(tl.int64) * kv_block_stride + (head * P + newest % P) * D + d
+        tl.store(slot, k_new)
+        tl.store(slot + NUM_KV_HEADS * P * D, v_new)
+        top = tl.sum(q.to(tl.float32) * k_new[None, :].to(tl.float32), axis=1) * scale
+        weights += 1.0
+        values += v_new[None, :].to(tl.float32)
+    token = tl.arange(0, TILE)
     head_kv = kv_ptr + head * P * D
-    for chunk in range(first_chunk, stop_chunk):
-        sequence = tl.load(chunk_sequence_ptr + chunk)
-        start = tl.load(chunk_first_ptr + chunk)
-        stop = tl.load(chunk_stop_ptr + chunk)
-        table = block_ids_ptr + tl.load(block_start_ptr + sequence)
-        q_rows = q_ptr + sequence * q_row_stride + (head * GROUP + g[:, None]) * D
-        q = tl.load(q_rows + d[None, :], mask=is_head, other=0.0)
-        top = tl.full((GROUP_TILE,), -float("inf"), dtype=tl.float32)
-        weights = tl.zeros((GROUP_TILE,), dtype=tl.float32)
-        values = tl.zeros((GROUP_TILE, D), dtype=tl.float32)
-        if start == 0:  # the first chunk takes the new token, and appends it
-            newest = tl.load(lengths_ptr + sequence) - 1
-            k_new = tl.load(k_ptr + sequence * k_row_stride + head * D + d)
-            v_new = tl.load(v_ptr + sequence * k_row_stride + head * D + d)
-            slot = head_kv + tl.load(table + newest // P).to(tl.int64) * kv_block_stride + (newest % P) * D + d
-            tl.store(slot, k_new)
-            tl.store(slot + NUM_KV_HEADS * P * D, v_new)
-            top = tl.sum(q.to(tl.float32) * k_new[None, :].to(tl.float32), axis=1) * scale
-            weights += 1.0
-            values += v_new[None, :].to(tl.float32)
-        for first in range(start, stop, TILE):
-            t = first + token
-            inside = t < stop
-            block = tl.load(table + t // P, mask=inside, other=0).to(tl.int64)
-            k_rows = head_kv + block * kv_block_stride + (t % P) * D
-            v_rows = k_rows + NUM_KV_HEADS * P * D
-            k = tl.load(k_rows[None, :] + d[:, None], mask=inside[None, :], other=0.0, eviction_policy="evict_first")
-            v = tl.load(v_rows[:, None] + d[None, :], mask=inside[:, None], other=0.0, eviction_policy="evict_first")
-            score = tl.where(inside[None, :], tl.dot(q, k) * scale, -float("inf"))
-            new_top = tl.maximum(top, tl.max(score, axis=1))
-            p = tl.exp2(score - new_top[:, None])
-            shrink = tl.exp2(top - new_top)
-            weights = weights * shrink + tl.sum(p, axis=1)
-            values = tl.dot(p.to(v.dtype), v, values * shrink[:, None])
-            top = new_top
-        target = (chunk * NUM_KV_HEADS + head) * GROUP + g
-        tl.store(partial_ptr + target[:, None] * D + d[None, :], values / weights[:, None], mask=is_head)
-        tl.store(weight_ptr + target, top + tl.log2(weights), mask=g < GROUP)
+    for first in range(start, stop, TILE):
+        t = first + token
+        inside = t < stop
+        block = tl.load(table + t // P, mask=inside, other=0).to(tl.int64)
+        k_rows = head_kv + block * kv_block_stride + (t % P) * D
+        v_rows = k_rows + NUM_KV_HEADS * P * D
+        k = tl.load(k_rows[None, :] + d[:, None], mask=inside[None, :], other=0.0, eviction_policy="evict_first")
+        v = tl.load(v_rows[:, None] + d[None, :], mask=inside[:, None], other=0.0, eviction_policy="evict_first")
+        score = tl.where(inside[None, :], tl.dot(q, k) * scale, -float("inf"))
+        new_top = tl.maximum(top, tl.max(score, axis=1))
+        p = tl.exp2(score - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        weights = weights * shrink + tl.sum(p, axis=1)
+        values = tl.dot(p.to(v.dtype), v, values * shrink[:, None])
+        top = new_top
+    target = (chunk * NUM_KV_HEADS + head) * GROUP + g
+    tl.store(partial_ptr + target[:, None] * D + d[None, :], values / weights[:, None], mask=is_head)
+    tl.store(weight_ptr + target, top + tl.log2(weights), mask=g < GROUP)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -167,23 +164,21 @@ def attend_decode(
     num_kv_heads, block_size, head_dim = kv_N2KPD.shape[2:]
     num_sequences, num_heads = q_BHD.shape[:2]
     group = num_heads // num_kv_heads
-    num_chunks = len(arrays.chunk_sequence)
-    partial_CHD = torch.empty((num_chunks, num_heads, head_dim), dtype=torch.float32, device=q_BHD.device)
-    weight_CH = torch.empty((num_chunks, num_heads), dtype=torch.float32, device=q_BHD.device)
-    _attend_chunks[(num_kv_heads, arrays.num_programs)](
+    num_chunks = arrays.chunk_sequence.numel()
+    partial_WHD = torch.empty((num_chunks, num_heads, head_dim), dtype=torch.float32, device=q_BHD.device)
+    weight_WH = torch.empty((num_chunks, num_heads), dtype=torch.float32, device=q_BHD.device)
+    _attend_chunks[(num_kv_heads, num_chunks)](
         q_BHD,
         k_BKD,
         v_BKD,
         kv_N2KPD,
-        arrays.program_chunk,
-        arrays.chunk_sequence,
-        arrays.chunk_first,
-        arrays.chunk_stop,
+        arrays.block_ids,
         arrays.block_start,
         arrays.lengths,
-        arrays.block_ids,
-        partial_CHD,
-        weight_CH,
+        arrays.chunk_sequence,
+        arrays.chunk_start,
+        partial_WHD,
+        weight_WH,
         q_BHD.stride(0),
         k_BKD.stride(0),
         kv_N2KPD.stride(0),
@@ -193,15 +188,15 @@ def attend_decode(
         GROUP_TILE=max(_SMALLEST_DOT, triton.next_power_of_2(group)),
         P=block_size,
         D=head_dim,
-        TILE=min(TILE_TOKENS, _TILE_BYTES // (head_dim * kv_N2KPD.element_size())),
+        TILE=_TILE,
         DEPENDENT=dependent,
         num_warps=_WARPS,
         num_stages=_STAGES,
         launch_pdl=dependent,
     )
     _merge_chunks[(num_heads, num_sequences)](
-        partial_CHD,
-        weight_CH,
+        partial_WHD,
+        weight_WH,
         arrays.chunk_start,
         out_BHD,
         num_heads,

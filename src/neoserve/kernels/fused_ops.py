@@ -41,17 +41,18 @@ class FusedOps(FlashInferOps):
     def plan_attention(self, batch: PagedBatch, *, decode: bool) -> PagedAttention:
         if not decode:
             return super().plan_attention(batch, decode=False)
-        return DecodeAttention(planned(batch, self._num_programs, self._device), self._dependent)
+        arrays = planned(batch, self._num_chunks(batch.num_sequences), self._device)
+        return DecodeAttention(arrays, self._dependent)
 
     def decode_plans(self, sizes: tuple[int, ...], max_blocks: int, padding_block: int) -> DecodePlans:
-        most = max(sizes)
-        buffer = DecodePlanBuffer(most, self._num_programs, max_blocks + most, padding_block, self._device)
+        num_chunks = {size: self._num_chunks(size) for size in sizes}
+        buffer = DecodePlanBuffer(num_chunks, max_blocks + max(sizes), padding_block, self._device)
         return FusedDecodePlans(sizes, buffer, dependent=self._dependent)
 
-    @property
-    def _num_programs(self) -> int:
-        """Of a kv head, in decode attention: as many as run at once."""
-        return max(1, _ATTENTION_PROGRAMS * self._gpu.count // self._geometry.num_kv_heads)
+    def _num_chunks(self, num_sequences: int) -> int:
+        """So many that their programs all run at once; of many sequences two each, so that long ones can have more."""
+        at_once = _ATTENTION_PROGRAMS * self._gpu.count // self._geometry.num_kv_heads
+        return max(at_once, 2 * num_sequences)
 
     def linear_heads(
         self,
