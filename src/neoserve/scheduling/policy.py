@@ -31,6 +31,6 @@ class Policy:
     slowest_ratio: int = 16
     max_skipped: int = 16
     min_gain: float = 1.02
-    entry_gain: float = 1.15
+    entry_gain: float = 1.05
     host_stretch: float = 1.5
     forced_migration_period: int | None = None
