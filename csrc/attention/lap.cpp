@@ -10,13 +10,19 @@
 #include "attention/attention.h"
 #include "attention/share.h"
 #include "attention/split.h"
+#include "base/cpu.h"
+#include "base/decimal.h"
 
 namespace neo {
 
 namespace {
 
+[[noreturn]] void refuse(const std::string& name, const std::string& value, const std::string& expected) {
+  throw std::invalid_argument(name + " is " + value + "; expected " + expected);
+}
+
 [[noreturn]] void refuse(const std::string& name, int64_t value, const std::string& expected) {
-  throw std::invalid_argument(name + " is " + std::to_string(value) + "; expected " + expected);
+  refuse(name, std::to_string(value), expected);
 }
 
 std::string indexed(const char* name, int64_t index) { return std::string(name) + "[" + std::to_string(index) + "]"; }
@@ -48,6 +54,9 @@ void check_rows(const LapShape& s) {
   }
 }
 
+// K and V of one token and kv head.
+int64_t token_bytes(const Geometry& g) { return 2LL * g.head_dim * (g.dtype == DType::kF32 ? 4 : 2); }
+
 struct FreeAligned {
   void operator()(void* p) const { std::free(p); }
 };
@@ -78,37 +87,52 @@ int64_t scratch_bytes(const Geometry& g) {
 }
 
 // The items of one thread that nobody has claimed yet, [next, stop) of its list. The owner takes from the front, others
-// from the back.
+// from the back. A range of an earlier round, finished or not, stands for all items, so that nobody has to reset it.
 class alignas(64) Unclaimed {
  public:
-  void reset(uint32_t count) { range_.store(count, std::memory_order_relaxed); }
+  void set_size(int32_t num_items) { num_items_ = static_cast<uint64_t>(num_items); }
 
-  int32_t count() const { return size(range_.load(std::memory_order_relaxed)); }
+  int count(uint16_t round) const { return size(current(range_.load(std::memory_order_relaxed), round)); }
 
   // Index of the item, or -1.
-  int32_t claim_first() {
+  int claim_first(uint16_t round) {
     uint64_t range = range_.load(std::memory_order_relaxed);
-    while (size(range) > 0) {
-      if (range_.compare_exchange_weak(range, range + kNext, std::memory_order_relaxed)) return next(range);
+    while (true) {
+      const uint64_t now = current(range, round);
+      if (size(now) == 0) return -1;
+      if (range_.compare_exchange_weak(range, now + kNext, std::memory_order_relaxed)) return next(now);
     }
-    return -1;
   }
-  int32_t claim_last() {
+  int claim_last(uint16_t round) {
     uint64_t range = range_.load(std::memory_order_relaxed);
-    while (size(range) > 0) {
-      if (range_.compare_exchange_weak(range, range - 1, std::memory_order_relaxed)) return stop(range) - 1;
+    while (true) {
+      const uint64_t now = current(range, round);
+      if (size(now) == 0) return -1;
+      if (range_.compare_exchange_weak(range, now - 1, std::memory_order_relaxed)) return stop(now) - 1;
     }
-    return -1;
   }
 
  private:
-  static constexpr uint64_t kNext = uint64_t{1} << 32;  // next in the upper half, stop in the lower
+  // A range: from the top 16 bits of the round, 24 of `next` and 24 of `stop`.
+  static constexpr int kIndexBits = 24;
+  static constexpr uint64_t kNext = uint64_t{1} << kIndexBits;
 
-  static int32_t next(uint64_t range) { return static_cast<int32_t>(range >> 32); }
-  static int32_t stop(uint64_t range) { return static_cast<int32_t>(range & (kNext - 1)); }
-  static int32_t size(uint64_t range) { return stop(range) - next(range); }
+  static int stop(uint64_t range) { return static_cast<int>(range & (kNext - 1)); }
+  static int next(uint64_t range) { return stop(range >> kIndexBits); }
+  static int size(uint64_t range) { return stop(range) - next(range); }
+
+  uint64_t current(uint64_t range, uint16_t round) const {
+    const int shift = 2 * kIndexBits;
+    return range >> shift == round ? range : uint64_t{round} << shift | num_items_;
+  }
 
   std::atomic<uint64_t> range_{0};
+  uint64_t num_items_ = 0;
+};
+
+// Partial results of one (row, kv head) that are not there yet.
+struct alignas(64) OpenSlots {
+  std::atomic<int32_t> count;
 };
 
 struct Lap::State {
@@ -119,63 +143,54 @@ struct Lap::State {
   AttendFunction attend;
   int num_threads;
   Split split;
-  std::unique_ptr<Unclaimed[]> unclaimed;              // by thread
-  std::unique_ptr<std::atomic<int32_t>[]> slots_open;  // by cut: partial results that are not there yet
-  std::atomic<int32_t> num_unclaimed;                  // items of all threads, so that the end is seen at one look
-  std::atomic<int32_t> threads_busy;                   // that have not returned from this layer
+  std::unique_ptr<Unclaimed[]> unclaimed;   // by thread
+  std::unique_ptr<OpenSlots[]> slots_open;  // by cut
+  uint16_t round = 0;                       // a layer's number, whichever layers they are
   AlignedMemory partials;
   AlignedMemory scratch;
   int64_t scratch_stride;
+  int64_t tile_bytes;  // K and V of one (block, kv head)
+  int32_t most_tiles_ahead;
 
   const Item* items_of(int thread) const { return split.items.data() + split.thread_start[thread]; }
   int32_t num_items(int thread) const { return split.thread_start[thread + 1] - split.thread_start[thread]; }
 
   const Item* claim(int thread);
   const Cut* finish(const Item& item);
-  void leave_layer();
 };
 
 // The thread's own items first, then one of the thread that has most left.
 const Item* Lap::State::claim(int thread) {
-  const int32_t own = unclaimed[thread].claim_first();
-  if (own >= 0) {
-    num_unclaimed.fetch_sub(1, std::memory_order_relaxed);
-    return items_of(thread) + own;
-  }
-  while (num_unclaimed.load(std::memory_order_relaxed) > 0) {
+  const int own = unclaimed[thread].claim_first(round);
+  if (own >= 0) return items_of(thread) + own;
+  while (true) {
     int slowest = 0;
-    for (int i = 1; i < num_threads; ++i) {
-      if (unclaimed[i].count() > unclaimed[slowest].count()) slowest = i;
+    int most = 0;
+    for (int i = 0; i < num_threads; ++i) {
+      const int count = unclaimed[i].count(round);
+      if (count <= most) continue;
+      most = count;
+      slowest = i;
     }
-    const int32_t index = unclaimed[slowest].claim_last();
-    if (index >= 0) {
-      num_unclaimed.fetch_sub(1, std::memory_order_relaxed);
-      return items_of(slowest) + index;
-    }
+    if (most == 0) return nullptr;
+    const int index = unclaimed[slowest].claim_last(round);
+    if (index >= 0) return items_of(slowest) + index;
   }
-  return nullptr;
 }
 
 // Whoever finishes the last item of a (row, kv head) merges its partial results.
 const Cut* Lap::State::finish(const Item& item) {
   if (item.partial < 0) return nullptr;
   const int32_t index = split.cut_of_slot[item.partial];
-  if (slots_open[index].fetch_sub(1, std::memory_order_acq_rel) > 1) return nullptr;
-  slots_open[index].store(split.cuts[index].num_slots, std::memory_order_relaxed);
+  if (slots_open[index].count.fetch_sub(1, std::memory_order_acq_rel) > 1) return nullptr;
+  slots_open[index].count.store(split.cuts[index].num_slots, std::memory_order_relaxed);
   return &split.cuts[index];
-}
-
-// The last thread to leave makes the lap ready for its next layer.
-void Lap::State::leave_layer() {
-  if (threads_busy.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-  threads_busy.store(num_threads, std::memory_order_relaxed);
-  for (int i = 0; i < num_threads; ++i) unclaimed[i].reset(num_items(i));
-  num_unclaimed.store(static_cast<int32_t>(split.items.size()), std::memory_order_relaxed);
 }
 
 Lap::Lap(const LapShape& shape, int num_threads, const Policy& policy) {
   check_geometry(shape.geometry);
   if (num_threads < 1) refuse("num_threads", num_threads, "at least 1");
+  if (!(shape.scale > 0)) refuse("scale", decimal(shape.scale), "more than 0");
   check_rows(shape);
   const AttendFunction attend = policy.find(shape.geometry.dtype, shape.geometry.head_dim);
   if (!attend) refuse("head_dim", shape.geometry.head_dim, "64, 80, 96, 128 or 256");
@@ -192,14 +207,15 @@ Lap::Lap(const LapShape& shape, int num_threads, const Policy& policy) {
   state->num_threads = num_threads;
   state->split = split_lap(shape, num_threads);
   state->unclaimed = std::make_unique<Unclaimed[]>(num_threads);
-  state->threads_busy = 1;
-  state->leave_layer();
+  for (int i = 0; i < num_threads; ++i) state->unclaimed[i].set_size(state->num_items(i));
   const std::vector<Cut>& cuts = state->split.cuts;
-  state->slots_open = std::make_unique<std::atomic<int32_t>[]>(cuts.size());
-  for (size_t i = 0; i < cuts.size(); ++i) state->slots_open[i] = cuts[i].num_slots;
+  state->slots_open = std::make_unique<OpenSlots[]>(cuts.size());
+  for (size_t i = 0; i < cuts.size(); ++i) state->slots_open[i].count = cuts[i].num_slots;
   state->partials = allocate_aligned(state->split.cut_of_slot.size() * partial_floats(shape.geometry) * sizeof(float));
   state->scratch_stride = scratch_bytes(shape.geometry);
   state->scratch = allocate_aligned(state->scratch_stride * num_threads);
+  state->tile_bytes = static_cast<int64_t>(shape.geometry.block_size) * token_bytes(shape.geometry);
+  state->most_tiles_ahead = static_cast<int32_t>(cpu_cache_bytes() / 2 / static_cast<size_t>(state->tile_bytes));
   state_ = state.release();
 }
 
@@ -222,14 +238,38 @@ void Lap::attend(int thread, const LayerMemory& memory) noexcept {
   share.claim = [](void* c) { return static_cast<Context*>(c)->state.claim(static_cast<Context*>(c)->thread); };
   share.finish = [](void* c, const Item& item) { return static_cast<Context*>(c)->state.finish(item); };
   state_->attend(share);
-  state_->leave_layer();
+}
+
+void Lap::begin_layer() noexcept { ++state_->round; }
+
+// A part is a tile. One that is not full is left out: it is small, and written to before it is read.
+bool Lap::fetch_ahead(int thread, const void* kv, int part) const noexcept {
+  constexpr int64_t kCacheLine = 64;
+  constexpr int kRead = 0, kIntoSecondLevel = 2;
+  if (part >= state_->most_tiles_ahead) return false;
+  const Geometry& g = state_->shape.geometry;
+  const Item* item = state_->items_of(thread);
+  int32_t token = part * g.block_size;
+  for (const Item* const last = item + state_->num_items(thread); item != last; ++item) {
+    const int32_t num_tokens = item->stop_token - item->first_token;
+    if (token < num_tokens) break;
+    token -= (num_tokens + g.block_size - 1) / g.block_size * g.block_size;
+  }
+  if (item == state_->items_of(thread) + state_->num_items(thread)) return false;
+  token += item->first_token;
+  if (token + g.block_size > item->stop_token) return true;
+  const int64_t block = state_->block_ids[state_->block_start[item->row] + token / g.block_size];
+  const char* tile = static_cast<const char*>(kv) + (block * g.num_kv_heads + item->kv_head) * state_->tile_bytes;
+  for (int64_t at = 0; at < state_->tile_bytes; at += kCacheLine)
+    __builtin_prefetch(tile + at, kRead, kIntoSecondLevel);
+  return true;
 }
 
 int64_t Lap::kv_bytes() const {
   const Geometry& g = state_->shape.geometry;
   int64_t tokens = 0;
   for (const int32_t length : state_->lengths) tokens += length;
-  return tokens * g.num_kv_heads * 2 * g.head_dim * (g.dtype == DType::kF32 ? 4 : 2);
+  return tokens * g.num_kv_heads * token_bytes(g);
 }
 
 }  // namespace neo

@@ -1,4 +1,4 @@
-// AMX for bf16 where enough heads share a load; AVX-512 for the rest.
+// AMX for bf16, AVX-512 for the rest.
 #include "attention/kernel/amx_tiles.h"
 #include "attention/kernel/avx512.h"
 #include "attention/kernel/dispatch.h"
@@ -7,16 +7,16 @@
 namespace neo {
 namespace {
 
-// With fewer heads the vectors keep up with the memory, and a tile would be mostly empty.
-constexpr int kSmallestGroup = 3;
-
 template <int kDim>
 void attend_bf16(const Share& share) {
   const Geometry& g = share.lap->geometry;
-  if (g.num_query_heads / g.num_kv_heads < kSmallestGroup) {
-    attend<VectorTiles<FloatMath<Avx512, BF16>, kDim>>(share);
+  const int group = g.num_query_heads / g.num_kv_heads;
+  if (group <= 4) {
+    attend<AmxTiles<kDim, 4>>(share);
+  } else if (group <= 8) {
+    attend<AmxTiles<kDim, 8>>(share);
   } else {
-    attend<AmxTiles<kDim>>(share);
+    attend<AmxTiles<kDim, 16>>(share);
   }
 }
 

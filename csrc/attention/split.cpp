@@ -7,13 +7,13 @@ namespace neo {
 namespace {
 
 // A cut costs two threads the start and the end of an item and one of them a merge: about what reading this takes.
-constexpr int64_t kCutCostBytes = 16 * 1024;
+constexpr int64_t kCutCostBytes = 48 * 1024;
 
 // Items of less than this cost more than they help.
 constexpr int64_t kSmallestItemBytes = 64 * 1024;
 
 // Of what is left of a share, an item takes at most one part in this many.
-constexpr int64_t kItemPart = 4;
+constexpr int64_t kItemPart = 2;
 
 // Items end where a multiple of this many tokens ends, which attention takes at one go.
 constexpr int64_t kItemTokens = 64;

@@ -1,9 +1,10 @@
 #include "base/cpu.h"
 
+#include <unistd.h>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 
 #include <cstdint>
 #endif
@@ -72,5 +73,11 @@ bool cpu_has_avx512() { return false; }
 bool cpu_has_amx() { return false; }
 
 #endif
+
+size_t cpu_cache_bytes() {
+  constexpr size_t kSmall = 256 * 1024;
+  const long num_bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return num_bytes > 0 ? static_cast<size_t>(num_bytes) : kSmall;
+}
 
 }  // namespace neo

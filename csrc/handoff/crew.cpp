@@ -2,6 +2,7 @@
 
 #include <sys/prctl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <utility>
 
@@ -60,24 +61,36 @@ void Crew::lead() {
       armed_.wait_past(num_armed, times_.spin_ns);
       continue;
     }
-    const bool is_ready =
-        next->ready.flag == nullptr || flag_wait(*next->ready.flag, next->ready.value, times_.spin_ns, times_.nap_ns,
-                                                 [&] { return stopping() || !queue.is_pending(next->ticket); });
+    upcoming_ = next->task;
+    const bool is_ready = wait_ready(*next);
     const uint32_t num_finished = finished_.value();
     num_running_ = num_workers();  // before `begin`, after which the task counts as running
-    task_ = queue.begin(next->ticket, is_ready, monotonic_ns());
-    if (task_ == nullptr) {
+    const TaskQueue::Begun begun = queue.begin(next->ticket, is_ready, monotonic_ns());
+    if (begun.task == nullptr) {
       num_running_ = 0;
       continue;
     }
+    task_ = begun.task;
+    upcoming_ = begun.upcoming;
+    task_->work->begin(task_->step);
     begun_.advance();
     if (!run_share(0)) return;
+    fetch_ahead(0, [&] { return finished_.value() != num_finished; });
     finished_.wait_past(num_finished, times_.spin_ns);
   }
 }
 
+// Whether the task's `ready` flag was reached, and the task not dropped meanwhile.
+bool Crew::wait_ready(const TaskQueue::Pending& next) {
+  if (next.ready.flag == nullptr) return true;
+  const auto dropped = [&] { return stopping() || !queue.is_pending(next.ticket); };
+  fetch_ahead(0, [&] { return flag_reached(*next.ready.flag, next.ready.value) || dropped(); });
+  return flag_wait(*next.ready.flag, next.ready.value, times_.spin_ns, times_.nap_ns, dropped);
+}
+
 void Crew::follow(int worker, uint32_t num_begun) {
   while (true) {
+    fetch_ahead(worker, [&] { return begun_.value() != num_begun; });
     begun_.wait_past(num_begun++, times_.spin_ns);
     if (stopping() || !run_share(worker)) return;
   }
@@ -106,11 +119,29 @@ bool Crew::run_share(int worker) {
   return true;
 }
 
+// Fetches what `worker` will read first in the upcoming task, until `stop` or all is fetched. The flag and the pointer
+// are written and read in opposite orders here and in `wait_quiescent`, so that one of both sees the other.
+template <typename Stop>
+void Crew::fetch_ahead(int worker, Stop stop) {
+  std::atomic<bool>& fetching = workers_[static_cast<size_t>(worker)].fetching;
+  fetching = true;
+  if (const Task* task = upcoming_) {
+    for (int part = 0; !stop() && task->work->fetch_ahead(worker, task->step, part); ++part) {
+    }
+  }
+  fetching.store(false, std::memory_order_release);
+}
+
+bool Crew::any_fetching() const {
+  return std::any_of(workers_.begin(), workers_.end(), [](const Worker& worker) { return worker.fetching.load(); });
+}
+
 void Crew::finish_share(int worker) {
   workers_[static_cast<size_t>(worker)].num_finished.store(begun_.value(), std::memory_order_relaxed);
   if (num_running_.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-  queue.finish();
-  finished_.advance();
+  const FlagWord* done = queue.finish();
+  finished_.advance();  // first, as the leader is in a hurry
+  if (done != nullptr) futex_wake_all(*done);
 }
 
 void Crew::watch() {
@@ -140,11 +171,16 @@ void Crew::stop() {
 
 bool Crew::wait_quiescent(int64_t timeout_ns) {
   const int64_t stop_ns = monotonic_ns() + timeout_ns;
-  while (queue.is_polled() || num_running_.load(std::memory_order_acquire) != 0) {
-    if (monotonic_ns() >= stop_ns) return false;
-    nap();
-  }
-  return true;
+  const auto wait_for = [&](auto condition) {
+    while (!condition()) {
+      if (monotonic_ns() >= stop_ns) return false;
+      nap();
+    }
+    return true;
+  };
+  if (!wait_for([&] { return !queue.is_polled() && num_running_.load(std::memory_order_acquire) == 0; })) return false;
+  upcoming_ = nullptr;
+  return wait_for([&] { return !any_fetching(); });
 }
 
 bool Crew::wait_left(uint32_t num_threads, int64_t timeout_ns) {

@@ -1,7 +1,9 @@
 // The threads of a worker pool and the state that they share.
 //
 // Worker 0 leads: it waits for the next task and its `ready` flag, then lets all workers go. Whoever finishes last ends
-// the task and raises `done`; then the leader goes on. The watchdog sleeps until the running task's deadline.
+// the task and raises `done`; then the leader goes on. Meanwhile whoever waits fetches what it will read first in the
+// task after it into its cache: that uses the memory while a task ends and the next begins. The watchdog sleeps until
+// the running task's deadline.
 #pragma once
 
 #include <atomic>
@@ -33,7 +35,7 @@ class Crew {
   void arm(Task task);
   // Makes all threads end, now or at the end of what they are at; drops what is armed.
   void stop();
-  // Waits until no worker is in a task and no flag is read; whether that came about in time.
+  // Waits until no worker is in a task, fetches for one, or reads a flag; whether that came about in time.
   bool wait_quiescent(int64_t timeout_ns);
   // Waits until `num_threads` threads have left since the beginning; whether that came about in time.
   bool wait_left(uint32_t num_threads, int64_t timeout_ns);
@@ -53,20 +55,26 @@ class Crew {
   struct alignas(64) Worker {
     int cpu = 0;
     std::atomic<bool> alive{true};
+    std::atomic<bool> fetching{false};      // uses `upcoming_`
     std::atomic<uint32_t> num_finished{0};  // tasks begun up to the last one that it is through with
   };
 
   void lead();
+  bool wait_ready(const TaskQueue::Pending& next);
   void follow(int worker, uint32_t num_begun);
   bool run_share(int worker);
+  template <typename Stop>
+  void fetch_ahead(int worker, Stop stop);
+  bool any_fetching() const;
   void finish_share(int worker);
   bool stopping() const { return stopping_.load(std::memory_order_acquire); }
 
   std::vector<Worker> workers_;
   const Times times_;
   std::atomic<bool> stopping_{false};
-  const Task* task_ = nullptr;       // the task begun last; written by the leader before it advances `begun_`
-  std::atomic<int> num_running_{0};  // workers that are not through with it
+  const Task* task_ = nullptr;  // the task begun last; written by the leader before it advances `begun_`
+  std::atomic<const Task*> upcoming_{nullptr};  // the armed task after it, or null; written by the leader
+  std::atomic<int> num_running_{0};             // workers that are not through with it
   Signal armed_;
   Signal begun_;
   Signal finished_;

@@ -36,10 +36,10 @@ LapWork::LapWork(const LapShape& shape, int num_workers, const Policy& policy, s
 }
 
 void LapWork::run(int worker, int layer) {
-  lap_.attend(
-      worker,
-      {.kv = kv_ + static_cast<size_t>(layer) * layer_bytes_, .qkv = rows_.qkv, .out = rows_.out, .lse = rows_.lse});
+  lap_.attend(worker, {.kv = layer_kv(layer), .qkv = rows_.qkv, .out = rows_.out, .lse = rows_.lse});
 }
+
+bool LapWork::fetch_ahead(int worker, int layer, int part) { return lap_.fetch_ahead(worker, layer_kv(layer), part); }
 
 void LapWork::finished(int layer, int64_t start_ns, int64_t end_ns) {
   const std::scoped_lock lock(mutex_);

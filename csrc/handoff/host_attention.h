@@ -31,7 +31,9 @@ class LapWork : public Work {
  public:
   LapWork(const LapShape& shape, int num_workers, const Policy& policy, std::byte* kv, const RowMemory& rows);
 
+  void begin(int) override { lap_.begin_layer(); }
   void run(int worker, int layer) override;
+  bool fetch_ahead(int worker, int layer, int part) override;
   void finished(int layer, int64_t start_ns, int64_t end_ns) override;
   std::string name(int layer) const override;
 
@@ -43,6 +45,8 @@ class LapWork : public Work {
   std::vector<LayerRun> runs() const;
 
  private:
+  std::byte* layer_kv(int layer) const { return kv_ + static_cast<size_t>(layer) * layer_bytes_; }
+
   Lap lap_;
   const int num_rows_;
   const int num_layers_;

@@ -27,27 +27,28 @@ std::optional<TaskQueue::Pending> TaskQueue::next() {
   const std::scoped_lock lock(mutex_);
   if (head_ == tail_) return std::nullopt;
   polled_ = true;
-  return Pending{head_, slot(head_).ready};
+  return Pending{head_, &slot(head_), slot(head_).ready};
 }
 
-const Task* TaskQueue::begin(uint64_t ticket, bool is_ready, int64_t start_ns) {
+TaskQueue::Begun TaskQueue::begin(uint64_t ticket, bool is_ready, int64_t start_ns) {
   const std::scoped_lock lock(mutex_);
   polled_ = false;
-  if (!is_ready || head_ != ticket) return nullptr;
+  if (!is_ready || head_ != ticket) return {nullptr, nullptr};
   running_ = true;
   start_ns_ = start_ns;
-  return &slot(ticket);
+  return {&slot(ticket), ticket + 1 == tail_ ? nullptr : &slot(ticket + 1)};
 }
 
-void TaskQueue::finish() {
+FlagWord* TaskQueue::finish() {
   const std::scoped_lock lock(mutex_);
-  if (!running_) return;
+  if (!running_) return nullptr;
   running_ = false;
   const Task& task = slot(head_);
   const FlagValue done = task.done;
   task.work->finished(task.step, start_ns_, monotonic_ns());
   ++head_;
-  flag_raise(*done.flag, done.value);  // under the mutex, so that none is raised after `fail` has returned
+  flag_set(*done.flag, done.value);  // under the mutex, so that none is raised after `fail` has returned
+  return done.flag;
 }
 
 std::optional<TaskQueue::Running> TaskQueue::running() const {

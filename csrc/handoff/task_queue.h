@@ -26,16 +26,22 @@ class TaskQueue {
 
   struct Pending {
     uint64_t ticket;
+    const Task* task;
     FlagValue ready;
   };
   // The first task, if any: its `ready` flag may be read until the matching `begin`.
   std::optional<Pending> next();
   // Whether that task is still to be begun.
   bool is_pending(uint64_t ticket) const { return head_.load(std::memory_order_acquire) == ticket; }
-  // Begins it when it `is_ready` and has not been dropped; null otherwise. The task stays valid until `finish`.
-  const Task* begin(uint64_t ticket, bool is_ready, int64_t start_ns);
-  // Ends the running task, unless that has been given up.
-  void finish();
+  struct Begun {
+    const Task* task;      // valid until `finish`, its work until all workers have returned from it
+    const Task* upcoming;  // the one after it if that is armed, or null
+  };
+  // Begins it when it `is_ready` and has not been dropped; a null task otherwise.
+  Begun begin(uint64_t ticket, bool is_ready, int64_t start_ns);
+  // Ends the running task, unless that has been given up: its flag, raised, on which those that sleep are still to be
+  // woken, or null.
+  FlagWord* finish();
 
   struct Running {
     uint64_t ticket;

@@ -14,8 +14,15 @@ class Work {
  public:
   virtual ~Work() = default;
 
+  // Called once a step before any worker runs it.
+  virtual void begin(int /*step*/) {}
+
   // Worker `worker`'s part of a step. What it throws becomes the pool's error.
   virtual void run(int worker, int step) = 0;
+
+  // Asks for part 0, 1, ... of the memory that `worker` reads first in a step, if there are so many: whether there was
+  // such a part. Called while the worker waits for an armed step; perhaps not at all, perhaps from part 0 again.
+  virtual bool fetch_ahead(int /*worker*/, int /*step*/, int /*part*/) { return false; }
 
   // Called once a step by the worker that finished it, before `done` is raised. Times are of CLOCK_MONOTONIC.
   virtual void finished(int step, int64_t start_ns, int64_t end_ns) = 0;

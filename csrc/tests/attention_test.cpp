@@ -35,6 +35,7 @@ void check_case(const CaseShape& shape, const Policy& policy, int num_threads, u
   for (int layer = 0; layer < 2; ++layer) {
     problem.reset();
     const LayerMemory memory = problem.memory();
+    lap.begin_layer();
     for (int thread = num_threads - 1; thread >= 0; --thread) lap.attend(thread, memory);
     const std::string what = std::string(policy.name) + " threads " + std::to_string(num_threads) + " layer " +
                              std::to_string(layer) + " " + shape.describe();
@@ -112,11 +113,26 @@ void test_threads(const Policy& policy) {
   Lap lap(problem.lap(), kThreads, policy);
   const LayerMemory memory = problem.memory();
   for (int layer = 0; layer < 20; ++layer) {
+    lap.begin_layer();
     std::vector<std::thread> threads;
     for (int i = 0; i < kThreads; ++i) threads.emplace_back([&, i] { lap.attend(i, memory); });
     for (std::thread& thread : threads) thread.join();
     CHECK(problem.output_error() <= allowed_error(shape.dtype), "error %g", problem.output_error());
   }
+}
+
+// A lap that fits into the caches is fetched whole, each tile by the thread that is to attend it.
+void test_fetch_ahead() {
+  AttentionCase problem({DType::kBF16, 4, 2, 64, 16, {100, 1, 32}}, 8);
+  constexpr int kThreads = 3, kTiles = 2 * (7 + 1 + 2);
+  const Lap lap(problem.lap(), kThreads, find_policy("portable"));
+  int num_parts = 0;
+  for (int thread = 0; thread < kThreads; ++thread) {
+    int part = 0;
+    while (lap.fetch_ahead(thread, problem.memory().kv, part)) ++part;
+    num_parts += part;
+  }
+  CHECK(num_parts == kTiles, "%d parts of %d tiles", num_parts, kTiles);
 }
 
 template <class Change>
@@ -151,6 +167,7 @@ void test_bad_arguments() {
                 [](LapShape& s, Ints&, Ints&, int&) { s.geometry.block_size = 8; });
   check_refused("num_query_heads is 5; expected a multiple of num_kv_heads, 2",
                 [](LapShape& s, Ints&, Ints&, int&) { s.geometry.num_query_heads = 5; });
+  check_refused("scale is -0.5; expected more than 0", [](LapShape& s, Ints&, Ints&, int&) { s.scale = -0.5f; });
   check_refused("num_threads is 0; expected at least 1", [](LapShape&, Ints&, Ints&, int& threads) { threads = 0; });
 }
 
@@ -175,6 +192,7 @@ int main(int argc, char** argv) {
   const int num_cases = argc > 1 ? std::atoi(argv[1]) : 200;
   test_choice_of_policy();
   test_bad_arguments();
+  test_fetch_ahead();
   for (const neo::Policy* policy : neo::available_policies()) {
     const int before = failed_checks;
     test_every_dtype_and_head_dim(*policy);

@@ -34,6 +34,11 @@ class Counting : public neo::Work {
     ++counters_[static_cast<size_t>(worker)].value;
   }
 
+  // Reads the worker's counter, so that a step that is fetched for too early or too late is a data race.
+  bool fetch_ahead(int worker, int, int part) override {
+    return counters_[static_cast<size_t>(worker)].value >= 0 && part < 3;
+  }
+
   void finished(int, int64_t, int64_t) override {
     ++num_steps_;
     for (const Counter& counter : counters_) CHECK(counter.value == num_steps_, "in step %d", num_steps_);
@@ -93,6 +98,48 @@ void test_many_callers() {
     });
   }
   for (std::thread& caller : callers) caller.join();
+}
+
+// Each worker that has run a step fetches for the next one while that is not ready.
+class Fetching : public neo::Work {
+ public:
+  static constexpr int kParts = 5;
+
+  explicit Fetching(int num_workers) : fetched_(static_cast<size_t>(num_workers)) {}
+
+  void run(int, int step) override { step_ = step; }
+  bool fetch_ahead(int worker, int step, int part) override {
+    if (step_ < 0) return false;  // the first step
+    CHECK(step == step_ + 1, "step %d after %d", step, step_.load());
+    std::atomic<int>& fetched = fetched_[static_cast<size_t>(worker)];
+    CHECK(part == 0 || part == fetched, "part %d after %d", part, fetched.load() - 1);
+    fetched = part + 1;
+    return part < kParts;
+  }
+  void finished(int, int64_t, int64_t) override {}
+  std::string name(int) const override { return "fetching"; }
+
+  bool is_fetched() const {
+    return std::all_of(fetched_.begin(), fetched_.end(), [](const auto& parts) { return parts == kParts + 1; });
+  }
+
+ private:
+  std::atomic<int> step_{-1};
+  std::vector<std::atomic<int>> fetched_;
+};
+
+void test_fetch_ahead() {
+  WorkerPool pool(some_cpus(), {.deadline_s = 60});
+  const auto work = std::make_shared<Fetching>(pool.num_workers());
+  Line ready, done;
+  for (const int step : {0, 1}) {
+    const auto value = static_cast<uint32_t>(step + 1);
+    pool.arm({work, step, {&ready.flag, value}, {&done.flag, value}});
+  }
+  neo::flag_raise(ready.flag, 1);
+  CHECK(neo::spin_until([&] { return work->is_fetched(); }, int64_t{60} * 1'000'000'000), "all parts by all workers");
+  neo::flag_raise(ready.flag, 2);
+  CHECK(reached(done.flag, 2), "the second step");
 }
 
 void test_fault(Fault fault, int worker, const std::string& expected) {
@@ -190,6 +237,7 @@ int main() {
   test_order(/*spin_us=*/200);
   test_order(/*spin_us=*/0);
   test_many_callers();
+  test_fetch_ahead();
   for (int worker : {0, -1}) {
     test_fault(Fault::kThrow, worker, "injected fault");
     test_fault(Fault::kDie, worker, "died at step 1");

@@ -1,6 +1,6 @@
 // Decode attention over one share: online softmax, one pass over K and V, written once for all instruction sets.
-// `Tiles` supplies the two products over one (block, kv head) tile and the vectors that the softmax uses. For the files
-// of one instruction set only: all is local to the file that includes it.
+// `Tiles` attends to a chunk of tokens with all heads that share them. For the files of one instruction set only: all
+// is local to the file that includes it.
 #pragma once
 
 #include "attention/kernel/elements.h"
@@ -10,7 +10,7 @@
 namespace neo {
 namespace {
 
-constexpr int kChunk = 64;  // tokens between two looks at the running maximum
+constexpr int kChunk = TileStream::kTokensNear;  // tokens between two looks at the running maximum
 constexpr int kSmallestBlock = 16;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.69314718f;
@@ -34,49 +34,15 @@ void append_token(const Element* key, const Element* value, Element* tile, int b
   }
 }
 
-// Tiles that are attended together.
+// Tiles that are attended together; see StreamedTile.
 template <class Element>
 struct Chunk {
   int num_tokens;
   int num_tiles;
   const Element* tiles[kChunk / kSmallestBlock];
-  const Element* ahead[kChunk / kSmallestBlock];  // to be asked for as the tile beside it is read
+  const Element* near[kChunk / kSmallestBlock];
+  const Element* ahead[kChunk / kSmallestBlock];
 };
-
-// Scores [head][token] of one chunk into weights; running maximum and sum of each head follow, and the accumulated
-// values are rescaled where the maximum grew. Scores are turned into log2 units by `scale`.
-template <class Tiles>
-void online_softmax(Tiles& tiles, int num_heads, int num_tokens, float scale) {
-  using Simd = typename Tiles::Simd;
-  using Vec = typename Simd::Vec;
-  constexpr int kWidth = Simd::kWidth;
-  const int padded = (num_tokens + kWidth - 1) / kWidth * kWidth;
-  for (int h = 0; h < num_heads; ++h) {
-    float* scores = tiles.scores + h * kChunk;
-    for (int t = num_tokens; t < padded; ++t) scores[t] = kLowest;
-    const Vec factor = Simd::broadcast(scale);
-    Vec highest = Simd::broadcast(kLowest);
-    for (int t = 0; t < num_tokens; t += kWidth) {
-      const Vec s = Simd::max(Simd::mul(Simd::load(scores + t), factor), Simd::broadcast(kLowest));
-      Simd::store(scores + t, s);
-      highest = Simd::max(highest, s);
-    }
-    const float tile_max = Simd::reduce_max(highest);
-    if (tile_max > tiles.maxima[h]) {
-      const Vec shrink = Simd::exp2(Simd::broadcast(tiles.maxima[h] - tile_max));
-      tiles.maxima[h] = tile_max;
-      tiles.rescale(h, shrink);
-    }
-    const Vec max = Simd::broadcast(tiles.maxima[h]);
-    Vec sum = Simd::load(tiles.sums + h * kWidth);
-    for (int t = 0; t < num_tokens; t += kWidth) {
-      const Vec weight = Simd::exp2(Simd::sub(Simd::load(scores + t), max));
-      sum = Simd::add(sum, weight);
-      tiles.store_weights(h, t, weight);
-    }
-    Simd::store(tiles.sums + h * kWidth, sum);
-  }
-}
 
 // Output and log-sum-exp of one head, from its weighted values, its maximum and its sum of weights.
 template <class Tiles>
@@ -98,13 +64,13 @@ void finish_item(const Tiles& tiles, const Share& share, const Item& item, int g
   float* slot = item.partial < 0 ? nullptr : share.partials + item.partial * partial_floats(share.lap->geometry);
   for (int h = 0; h < group; ++h) {
     const float* values = tiles.values + h * kDim;
-    const float sum = Simd::reduce_add(Simd::load(tiles.sums + h * Simd::kWidth));
+    const float max = tiles.maximum(h), sum = tiles.sum(h);
     if (!slot) {
-      write_head<Tiles>(share, item.row, item.kv_head * group + h, values, tiles.maxima[h], sum);
+      write_head<Tiles>(share, item.row, item.kv_head * group + h, values, max, sum);
       continue;
     }
     for (int d = 0; d < kDim; d += Simd::kWidth) Simd::store(slot + h * kDim + d, Simd::load(values + d));
-    slot[group * kDim + h] = tiles.maxima[h];
+    slot[group * kDim + h] = max;
     slot[group * kDim + group + h] = sum;
   }
 }
@@ -118,6 +84,7 @@ void merge(const Share& share, const Cut& cut, int group) {
   const int64_t stride = partial_floats(share.lap->geometry);
   const float* const first = share.partials + cut.first_slot * stride;
   const float* const last = first + cut.num_slots * stride;
+  for (const float* at = first; at < last; at += kCacheLine / sizeof(float)) prefetch(at);
   for (int h = 0; h < group; ++h) {
     const int max_at = group * kDim + h, sum_at = max_at + group;
     float max = kLowest;
@@ -136,14 +103,29 @@ void merge(const Share& share, const Cut& cut, int group) {
   }
 }
 
+// A row's q, k, v as they came with the lap.
+template <class Tiles>
+const typename Tiles::Element* row_of(const Share& share, const Item& item) {
+  const Geometry& g = share.lap->geometry;
+  return static_cast<const typename Tiles::Element*>(share.memory->qkv) +
+         item.row * (g.num_query_heads + 2LL * g.num_kv_heads) * Tiles::kDim;
+}
+
+// The queries of an item that is to be attended soon.
+template <class Tiles>
+void ask_for_queries(const Share& share, const Item& item, int group) {
+  const typename Tiles::Element* queries = row_of<Tiles>(share, item) + item.kv_head * group * Tiles::kDim;
+  constexpr int kPerLine = kCacheLine / static_cast<int>(sizeof(*queries));
+  for (int i = 0; i < group * Tiles::kDim; i += kPerLine) prefetch(queries + i);
+}
+
 template <class Tiles>
 void attend_item(Tiles& tiles, const Share& share, const Item& item, int group, TileStream& stream) {
   using Element = typename Tiles::Element;
   constexpr int64_t kDim = Tiles::kDim;
   const LapShape& lap = *share.lap;
   const Geometry& g = lap.geometry;
-  const Element* row =
-      static_cast<const Element*>(share.memory->qkv) + item.row * (g.num_query_heads + 2LL * g.num_kv_heads) * kDim;
+  const Element* row = row_of<Tiles>(share, item);
   tiles.start_item(row + item.kv_head * group * kDim);
   for (int token = item.first_token; token < item.stop_token; token += kChunk) {
     const int left = item.stop_token - token;
@@ -154,6 +136,7 @@ void attend_item(Tiles& tiles, const Share& share, const Item& item, int group, 
     for (int i = 0; i < chunk.num_tiles; ++i) {
       const StreamedTile streamed = stream.next();
       chunk.tiles[i] = tile = reinterpret_cast<Element*>(streamed.address);
+      chunk.near[i] = reinterpret_cast<const Element*>(streamed.near);
       chunk.ahead[i] = reinterpret_cast<const Element*>(streamed.ahead);
     }
     if (left <= kChunk && item.stop_token == lap.lengths[item.row]) {
@@ -161,9 +144,7 @@ void attend_item(Tiles& tiles, const Share& share, const Item& item, int group, 
       const int place = (item.stop_token - 1) % g.block_size;
       append_token<Element, kDim>(key, key + g.num_kv_heads * kDim, tile, g.block_size, place);
     }
-    tiles.score(chunk);
-    online_softmax(tiles, group, chunk.num_tokens, lap.scale * kLog2E);
-    tiles.accumulate(chunk);
+    tiles.attend(chunk, lap.scale * kLog2E);
   }
   finish_item(tiles, share, item, group);
   if (const Cut* cut = share.finish(share.context, item)) merge<Tiles>(share, *cut, group);
@@ -180,11 +161,14 @@ void attend(const Share& share) {
 
   const Item* item = share.claim(share.context);
   if (is_own(item)) {
-    TileStream stream(share, item, own_last, kRowBytes);
-    for (; is_own(item); item = share.claim(share.context)) attend_item(tiles, share, *item, group, stream);
+    TileStream stream(share, item, own_last, kRowBytes, Tiles::kTokensAhead);
+    for (; is_own(item); item = share.claim(share.context)) {
+      if (is_own(item + 1)) ask_for_queries<Tiles>(share, item[1], group);
+      attend_item(tiles, share, *item, group, stream);
+    }
   }
   for (; item; item = share.claim(share.context)) {
-    TileStream stream(share, item, item + 1, kRowBytes);
+    TileStream stream(share, item, item + 1, kRowBytes, Tiles::kTokensAhead);
     attend_item(tiles, share, *item, group, stream);
   }
 }

@@ -9,17 +9,22 @@ namespace {
 
 constexpr int kCacheLine = 64;
 
-// How far ahead of its use the KV is asked for, in whole tiles. Further ahead it falls out of the first cache again,
-// which costs attention over few heads a quarter of its speed.
-constexpr int64_t kBytesAhead = 24 * 1024;
-
-// Volatile, or the compiler would gather the prefetches of an unrolled loop in front of it: in a burst the line fill
-// buffers run full, and later they run empty.
+// Into the first cache. Volatile, or the compiler would gather the prefetches of an unrolled loop in front of it: in a
+// burst the line fill buffers run full, and later they run empty.
 inline void prefetch(const void* address) {
 #if defined(__x86_64__)
   __asm__ volatile("prefetcht0 %0" ::"m"(*static_cast<const char*>(address)));
 #else
   __builtin_prefetch(address);
+#endif
+}
+
+// Into the second cache: from there on the way is short.
+inline void prefetch_far(const void* address) {
+#if defined(__x86_64__)
+  __asm__ volatile("prefetcht1 %0" ::"m"(*static_cast<const char*>(address)));
+#else
+  __builtin_prefetch(address, 0, 2);
 #endif
 }
 
@@ -57,44 +62,61 @@ class TileWalk {
   int64_t tile_bytes_;
 };
 
-// A tile to attend now, and one to ask for meanwhile: line for line, as steadily as this one is read.
+// A tile to attend now, one that is near, and one to ask for meanwhile: line for line, as steadily as this one is read.
 struct StreamedTile {
   char* address;
-  const char* ahead;
+  const char* near;   // `kTokensNear` later; null if that is none, not full, or further than `ahead`
+  const char* ahead;  // `tokens_ahead` later; this tile itself where there is nothing to ask for
 };
 
 class TileStream {
  public:
-  TileStream(const Share& share, const Item* first, const Item* last, int64_t row_bytes)
+  static constexpr int kTokensNear = 64;
+
+  // `tokens_ahead`, up to 96, in whole tiles.
+  TileStream(const Share& share, const Item* first, const Item* last, int64_t row_bytes, int tokens_ahead)
       : block_size_(share.lap->geometry.block_size),
         row_bytes_(row_bytes),
         tile_bytes_(2 * block_size_ * row_bytes),
-        now_(share, first, last, tile_bytes_),
-        ahead_(share, first, last, tile_bytes_) {
-    const int64_t tiles_ahead = kBytesAhead / tile_bytes_;
-    for (int64_t i = 0; i < (tiles_ahead < 1 ? 1 : tiles_ahead); ++i) ask(ahead_.next());
+        tiles_near_(kTokensNear / block_size_),
+        tiles_ahead_((tokens_ahead + block_size_ - 1) / block_size_),
+        walk_(share, first, last, tile_bytes_) {
+    for (int i = 0; i < tiles_ahead_; ++i) ask(upcoming_[i] = walk_.next());
   }
 
   StreamedTile next() {
-    const Tile now = now_.next(), ahead = ahead_.next();
-    if (now.num_tokens == block_size_ && ahead.num_tokens == block_size_) return {now.address, ahead.address};
-    ask(ahead);
-    return {now.address, now.address};
+    const Tile now = at(0), ahead = at(tiles_ahead_) = walk_.next();
+    const Tile near = tiles_near_ <= tiles_ahead_ ? at(tiles_near_) : Tile{nullptr, 0};
+    ++now_;
+    StreamedTile streamed{now.address, is_full(near) ? near.address : nullptr, ahead.address};
+    if (!is_full(now) || !is_full(ahead)) {
+      ask(ahead);
+      streamed.ahead = now.address;
+    }
+    return streamed;
   }
 
  private:
+  static constexpr int kMostTiles = 8;
+
+  Tile& at(int later) { return upcoming_[(now_ + later) % kMostTiles]; }
+  bool is_full(const Tile& tile) const { return tile.num_tokens == block_size_; }
+
   // Asks for a whole tile at once, but for nothing that does not count.
-  void ask(const Tile& tile) {
+  void ask(const Tile& tile) const {
     const int64_t num_bytes = (tile.num_tokens + 1) / 2 * 2 * row_bytes_;
-    for (int64_t at = 0; at < num_bytes; at += kCacheLine) prefetch(tile.address + at);
-    for (int64_t at = 0; at < num_bytes; at += kCacheLine) prefetch(tile.address + tile_bytes_ / 2 + at);
+    for (int64_t at = 0; at < num_bytes; at += kCacheLine) prefetch_far(tile.address + at);
+    for (int64_t at = 0; at < num_bytes; at += kCacheLine) prefetch_far(tile.address + tile_bytes_ / 2 + at);
   }
 
   int32_t block_size_;
   int64_t row_bytes_;
   int64_t tile_bytes_;
-  TileWalk now_;
-  TileWalk ahead_;
+  int tiles_near_;
+  int tiles_ahead_;
+  TileWalk walk_;
+  Tile upcoming_[kMostTiles];  // those from now_ to now_ + tiles_ahead_, modulo the size
+  unsigned now_ = 0;
 };
 
 }  // namespace
