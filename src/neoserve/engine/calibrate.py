@@ -16,11 +16,13 @@ import torch
 
 from neoserve import _native
 from neoserve.core.config import ResolvedConfig
+from neoserve.core.errors import HostAttentionError
 from neoserve.core.plan import IterationPlan, Rows, SubBatch, Tier
 from neoserve.core.program import Span
 from neoserve.core.request import Request, SamplingParams
 from neoserve.device.base import PagedBatch
 from neoserve.execution.executor import Executor
+from neoserve.execution.handoff import FLAG_WORDS
 from neoserve.execution.head import GROUP_ROWS
 from neoserve.models.decoder import split_qkv
 from neoserve.scheduling.cost import CostTable, Curve
@@ -219,7 +221,7 @@ class Calibration:
         )
 
     def _host_us(self, num_rows: int, length: int) -> float:
-        """One layer's task of the worker pool, from its start: waking the workers is the hand-off's."""
+        """One layer's task of the worker pool in a chain of them: within a lap the workers are awake."""
         executor, config = self._executor, self._config
         assert executor.pool is not None
         attention = executor.host_attention(executor.pool)
@@ -234,9 +236,15 @@ class Calibration:
             qkv_address=qkv_TCD.data_ptr(),
             out_address=out_THD.data_ptr(),
         )
-        for turn in range(REPEATS + 1):
-            attention.attend(lap, turn % self._shape.num_layers)
-        _, start_ns, end_ns = lap.timeline()[1:].T
+        flags = np.zeros(2 * FLAG_WORDS, dtype=np.int32)
+        ready, done = flags.ctypes.data, flags.ctypes.data + 4 * FLAG_WORDS
+        for turn in range(1, CHAINED + 1):
+            layer = turn % self._shape.num_layers
+            attention.arm(lap, layer, ready=ready, ready_value=1, done=done, done_value=turn)
+        _native.flag_raise(ready, 1)
+        if not _native.flag_wait(done, CHAINED, config.host_deadline_s):
+            raise HostAttentionError(f"the worker pool did not do {CHAINED} tasks within the deadline")
+        _, start_ns, end_ns = lap.timeline()[CHAINED // 2 :].T
         return float(np.median(end_ns - start_ns)) / 1e3
 
     def _host_attention(self) -> tuple[float, float, float]:

@@ -135,15 +135,15 @@ class Splitter:
         return (self._advance_lap if pricing.work.lap else self._begin_lap)(pricing, prefill_rows)
 
     def pays(self, reference: Load, device: Load, host: Load, prompt_rows: int) -> bool:
-        """Whether laps of these host rows beside these device rows beat device-only by far, at least while there are
-        prompts to compute: then the second read of the weights costs little. Such prompts have `prompt_rows` rows."""
+        """Whether laps of these host rows beside these device rows beat device-only by far, with a prompt of
+        `prompt_rows` rows to compute and without: who enters has to be served on when there are no more prompts."""
         for chunks in ((), (Chunk(Tier.HOST, 0, prompt_rows, samples=True),)):
             pricing = self._pricing(Work(reference, device, chunks, (), host, 0, must_run_host=False))
             rows = prompt_rows if chunks else 0
             pipelined = self._best_ratio(pricing, rows)
-            if pipelined and pipelined.rate > self._policy.entry_gain * pricing.device_only_rate(rows):
-                return True
-        return False
+            if not pipelined or pipelined.rate <= self._policy.entry_gain * pricing.device_only_rate(rows):
+                return False
+        return True
 
     def host_lap_limit_us(self, device: Load) -> float:
         """How long the worker pool may take for a lap of all host sequences, for them to keep their interval."""
