@@ -31,15 +31,10 @@ REPEATS = 5
 CHAINED = 16
 LINEAR_ROWS = (1, 16, 64, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 MAX_RECORDED_ROWS = 256
-<<<<<<< HEAD
-=======
-_GROUP = 3
-"""Of the device's recordings; the engine's own have others."""
 SUSTAINED_S = 0.2
 """How long each number of rows goes through the linear layers on a GPU, the most rows first and without a pause: matrix
 products of an H200 are up to a quarter slower after a second of them than in the first milliseconds, those of few rows
 above all, at the clocks that it reports throughout."""
->>>>>>> main
 MAX_LAYERS = 8
 """Layers that a linear measurement goes through: enough that none finds its weights in a cache."""
 
