@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +77,13 @@ def save_family(name: str, directory: Path, *, max_shard_size: str = "5GB", **ch
     return model
 
 
-def reference_logits(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
-    """Logits of transformers, float32 [tokens, vocabulary]."""
+def reference_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> torch.Tensor:
+    """Logits of transformers, float32 [tokens, vocabulary], on the CPU."""
     with torch.inference_mode():
-        logits: torch.Tensor = model(torch.tensor([token_ids])).logits[0].float()
-    return logits
+        logits: torch.Tensor = model(torch.tensor([list(token_ids)], device=model.device)).logits[0]
+    return logits.float().cpu()
+
+
+def rounded_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> torch.Tensor:
+    """`reference_logits` of the model in bfloat16 on the GPU: how exact bfloat16 lets anyone be."""
+    return reference_logits(copy.deepcopy(model).to("cuda", torch.bfloat16), token_ids)

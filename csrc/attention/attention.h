@@ -31,7 +31,7 @@ struct LapShape {
   const int32_t* lengths;      // [num_rows] tokens, the new one included
   const int32_t* block_start;  // [num_rows + 1] into block_ids
   const int32_t* block_ids;
-  float scale;  // of the scores, head_dim^-0.5 as a rule
+  float scale;  // of the scores, more than 0; head_dim^-0.5 as a rule
 };
 
 // The memory that a lap works on at one layer.
@@ -71,7 +71,6 @@ class Lap {
   // Thread `thread`'s share of one layer, then what others have not begun: appends the new k and v, attends, and merges
   // what it is the last to finish. No allocation, no lock. Each thread is to call this once a layer.
   void attend(int thread, const LayerMemory& memory) noexcept;
-
 
   // Asks the memory for part 0, 1, ... of the K and V that thread `thread` reads first in a layer whose KV is `kv`, as
   // much as its second-level cache should hold; whether there was such a part. Reads nothing of the layer.

@@ -11,13 +11,18 @@
 #include "attention/share.h"
 #include "attention/split.h"
 #include "base/cpu.h"
+#include "base/decimal.h"
 
 namespace neo {
 
 namespace {
 
+[[noreturn]] void refuse(const std::string& name, const std::string& value, const std::string& expected) {
+  throw std::invalid_argument(name + " is " + value + "; expected " + expected);
+}
+
 [[noreturn]] void refuse(const std::string& name, int64_t value, const std::string& expected) {
-  throw std::invalid_argument(name + " is " + std::to_string(value) + "; expected " + expected);
+  refuse(name, std::to_string(value), expected);
 }
 
 std::string indexed(const char* name, int64_t index) { return std::string(name) + "[" + std::to_string(index) + "]"; }
@@ -125,6 +130,11 @@ class alignas(64) Unclaimed {
   uint64_t num_items_ = 0;
 };
 
+// Partial results of one (row, kv head) that are not there yet.
+struct alignas(64) OpenSlots {
+  std::atomic<int32_t> count;
+};
+
 struct Lap::State {
   LapShape shape;  // its arrays are the three vectors below
   std::vector<int32_t> lengths;
@@ -133,9 +143,9 @@ struct Lap::State {
   AttendFunction attend;
   int num_threads;
   Split split;
-  std::unique_ptr<Unclaimed[]> unclaimed;              // by thread
-  std::unique_ptr<std::atomic<int32_t>[]> slots_open;  // by cut: partial results that are not there yet
-  uint16_t round = 0;                                  // a layer's number, whichever layers they are
+  std::unique_ptr<Unclaimed[]> unclaimed;   // by thread
+  std::unique_ptr<OpenSlots[]> slots_open;  // by cut
+  uint16_t round = 0;                       // a layer's number, whichever layers they are
   AlignedMemory partials;
   AlignedMemory scratch;
   int64_t scratch_stride;
@@ -172,14 +182,15 @@ const Item* Lap::State::claim(int thread) {
 const Cut* Lap::State::finish(const Item& item) {
   if (item.partial < 0) return nullptr;
   const int32_t index = split.cut_of_slot[item.partial];
-  if (slots_open[index].fetch_sub(1, std::memory_order_acq_rel) > 1) return nullptr;
-  slots_open[index].store(split.cuts[index].num_slots, std::memory_order_relaxed);
+  if (slots_open[index].count.fetch_sub(1, std::memory_order_acq_rel) > 1) return nullptr;
+  slots_open[index].count.store(split.cuts[index].num_slots, std::memory_order_relaxed);
   return &split.cuts[index];
 }
 
 Lap::Lap(const LapShape& shape, int num_threads, const Policy& policy) {
   check_geometry(shape.geometry);
   if (num_threads < 1) refuse("num_threads", num_threads, "at least 1");
+  if (!(shape.scale > 0)) refuse("scale", decimal(shape.scale), "more than 0");
   check_rows(shape);
   const AttendFunction attend = policy.find(shape.geometry.dtype, shape.geometry.head_dim);
   if (!attend) refuse("head_dim", shape.geometry.head_dim, "64, 80, 96, 128 or 256");
@@ -198,8 +209,8 @@ Lap::Lap(const LapShape& shape, int num_threads, const Policy& policy) {
   state->unclaimed = std::make_unique<Unclaimed[]>(num_threads);
   for (int i = 0; i < num_threads; ++i) state->unclaimed[i].set_size(state->num_items(i));
   const std::vector<Cut>& cuts = state->split.cuts;
-  state->slots_open = std::make_unique<std::atomic<int32_t>[]>(cuts.size());
-  for (size_t i = 0; i < cuts.size(); ++i) state->slots_open[i] = cuts[i].num_slots;
+  state->slots_open = std::make_unique<OpenSlots[]>(cuts.size());
+  for (size_t i = 0; i < cuts.size(); ++i) state->slots_open[i].count = cuts[i].num_slots;
   state->partials = allocate_aligned(state->split.cut_of_slot.size() * partial_floats(shape.geometry) * sizeof(float));
   state->scratch_stride = scratch_bytes(shape.geometry);
   state->scratch = allocate_aligned(state->scratch_stride * num_threads);

@@ -7,7 +7,7 @@ namespace neo {
 namespace {
 
 // A cut costs two threads the start and the end of an item and one of them a merge: about what reading this takes.
-constexpr int64_t kCutCostBytes = 16 * 1024;
+constexpr int64_t kCutCostBytes = 48 * 1024;
 
 // Items of less than this cost more than they help.
 constexpr int64_t kSmallestItemBytes = 64 * 1024;

@@ -139,8 +139,9 @@ bool Crew::any_fetching() const {
 void Crew::finish_share(int worker) {
   workers_[static_cast<size_t>(worker)].num_finished.store(begun_.value(), std::memory_order_relaxed);
   if (num_running_.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-  queue.finish();
-  finished_.advance();
+  const FlagWord* done = queue.finish();
+  finished_.advance();  // first, as the leader is in a hurry
+  if (done != nullptr) futex_wake_all(*done);
 }
 
 void Crew::watch() {

@@ -39,15 +39,16 @@ TaskQueue::Begun TaskQueue::begin(uint64_t ticket, bool is_ready, int64_t start_
   return {&slot(ticket), ticket + 1 == tail_ ? nullptr : &slot(ticket + 1)};
 }
 
-void TaskQueue::finish() {
+FlagWord* TaskQueue::finish() {
   const std::scoped_lock lock(mutex_);
-  if (!running_) return;
+  if (!running_) return nullptr;
   running_ = false;
   const Task& task = slot(head_);
   const FlagValue done = task.done;
   task.work->finished(task.step, start_ns_, monotonic_ns());
   ++head_;
-  flag_raise(*done.flag, done.value);  // under the mutex, so that none is raised after `fail` has returned
+  flag_set(*done.flag, done.value);  // under the mutex, so that none is raised after `fail` has returned
+  return done.flag;
 }
 
 std::optional<TaskQueue::Running> TaskQueue::running() const {

@@ -39,8 +39,9 @@ class TaskQueue {
   };
   // Begins it when it `is_ready` and has not been dropped; a null task otherwise.
   Begun begin(uint64_t ticket, bool is_ready, int64_t start_ns);
-  // Ends the running task, unless that has been given up.
-  void finish();
+  // Ends the running task, unless that has been given up: its flag, raised, on which those that sleep are still to be
+  // woken, or null.
+  FlagWord* finish();
 
   struct Running {
     uint64_t ticket;

@@ -22,9 +22,12 @@ inline bool flag_reached(const FlagWord& flag, uint32_t value) {
   return static_cast<int32_t>(flag.load(std::memory_order_acquire) - value) >= 0;
 }
 
-// Sets the flag after all earlier writes of this thread, and wakes who naps on it.
+// Sets the flag after all earlier writes of this thread; wakes nobody.
+inline void flag_set(FlagWord& flag, uint32_t value) { flag.store(value, std::memory_order_release); }
+
+// Sets the flag and wakes who naps on it.
 inline void flag_raise(FlagWord& flag, uint32_t value) {
-  flag.store(value, std::memory_order_release);
+  flag_set(flag, value);
   futex_wake_all(flag);
 }
 

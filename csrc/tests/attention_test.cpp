@@ -167,6 +167,7 @@ void test_bad_arguments() {
                 [](LapShape& s, Ints&, Ints&, int&) { s.geometry.block_size = 8; });
   check_refused("num_query_heads is 5; expected a multiple of num_kv_heads, 2",
                 [](LapShape& s, Ints&, Ints&, int&) { s.geometry.num_query_heads = 5; });
+  check_refused("scale is -0.5; expected more than 0", [](LapShape& s, Ints&, Ints&, int&) { s.scale = -0.5f; });
   check_refused("num_threads is 0; expected at least 1", [](LapShape&, Ints&, Ints&, int& threads) { threads = 0; });
 }
 

@@ -160,6 +160,19 @@ def test_a_model_that_is_wrong_by_a_factor_learns_it_for_that_kind_alone() -> No
     assert model.error < 0.05
 
 
+@pytest.mark.parametrize("truth", [0.6, 1.7])
+def test_what_the_worker_pool_really_takes_is_learned(truth: float) -> None:
+    model = CostModel(table(), SHAPE)
+    host = Load.host_decode(4, 400)
+    said_us = model.host_lap_us(host)
+    spans, loads = [Span(0, 0, SHAPE.num_layers + 1, True)], {0: host}
+    before = model.price(spans, loads)
+    for _ in range(60):
+        model.observe_host(model.host_lap_us(host), truth * said_us)
+    assert model.host_lap_us(host) == pytest.approx(truth * said_us, rel=0.02)
+    assert model.price(spans, loads).host_us == pytest.approx(truth * before.host_us, rel=0.02)
+
+
 def test_an_outlier_hardly_moves_the_correction() -> None:
     model = CostModel(table(), SHAPE)
     price = model.price([whole()], {0: Load.device_decode(2, 10)})

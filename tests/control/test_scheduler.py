@@ -177,7 +177,7 @@ def test_laps_that_last_are_advanced_to_their_end() -> None:
         staging_blocks=256, max_model_len=2048,
     )  # fmt: skip
     loop = Loop(scheduler_for(settings), Machine(settings))
-    for n in range(60):
+    for n in range(90):
         loop.scheduler.add(request(f"r{n}", 1000, 60))
     loop.drain()
     partial = [span for plan in loop.plans for span in plan.spans if span.sub_batch == 1 and span.num_steps < 81]
@@ -185,7 +185,7 @@ def test_laps_that_last_are_advanced_to_their_end() -> None:
     stats = loop.scheduler.stats()
     assert stats.host_tokens_total > 200
     assert stats.pipelined_iterations_total > 10
-    assert loop.outputs["r59"] == true_output(request("r59", 1000, 60))
+    assert loop.outputs["r89"] == true_output(request("r89", 1000, 60))
 
 
 @pytest.mark.parametrize(("mode", "device_blocks"), [("off", 20_000), ("auto", 2000), ("all", 0)])

@@ -61,6 +61,14 @@ def test_a_lap_in_flight_goes_fast_while_prompts_make_the_iteration_long() -> No
     assert 0 < slow.lap_steps < fast.lap_steps <= NUM_STEPS - 20
 
 
+@pytest.mark.parametrize("lap_step", range(0, NUM_STEPS, 6))
+def test_a_lap_in_flight_keeps_its_pace_to_the_end(lap_step: int) -> None:
+    """Where the worker pool is just hidden, however little of the lap is left."""
+    choice = splitter().choose(work(lap=Load.host_decode(57, 57 * 1043), lap_step=lap_step))
+    left = NUM_STEPS - lap_step
+    assert choice.lap_steps >= min(left, NUM_STEPS / 8)
+
+
 def test_prompts_are_shared_out_when_both_sub_batches_have_host_rows_to_hide() -> None:
     choice = splitter().choose(work(chunks=(prompt(1000), prompt(1000)), host=(1024,) * 80))
     assert choice.lap_steps == NUM_STEPS

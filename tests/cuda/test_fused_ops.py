@@ -65,6 +65,26 @@ def test_linear_silu_and_mul(dtype: torch.dtype, rows: int, size: tuple[int, int
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("size", [(256, 512), (192, 128), (128, 192)], ids=str)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_an_mlp_whose_layers_fit_the_tiles_or_not(
+    dtype: torch.dtype, rows: int, size: tuple[int, int], has_bias: bool
+) -> None:
+    width, ffn_size = size
+    x, residual = random(rows, width, dtype=dtype), random(rows, width, dtype=dtype)
+    gate_up, down = (random(*shape, dtype=dtype, scale=0.05) for shape in ((2 * ffn_size, width), (width, ffn_size)))
+    biases = [random(length, dtype=dtype) if has_bias else None for length in (2 * ffn_size, width)]
+    norm_weight = random(width, dtype=dtype)
+    gate, up = linear(x, gate_up, biases[0]).chunk(2, dim=-1)
+    total = residual.float() + linear((functional.silu(gate) * up).to(dtype), down, biases[1])
+    ops = make_ops(dtype)
+    h = ops.linear_silu_and_mul(x, gate_up, biases[0])
+    found = ops.linear_add_rms_norm(h, down, biases[1], residual, norm_weight, 1e-5)
+    assert error(found, normed(total, norm_weight, 1e-5)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 17, 64, 65])
 @pytest.mark.parametrize("heads", [(8, 2, 64), (32, 8, 128), (5, 5, 128), (8, 1, 256)], ids=str)
 @pytest.mark.parametrize("has_bias", [False, True])

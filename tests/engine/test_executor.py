@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from neoserve import _native
 from neoserve.core.config import ResolvedConfig
 from neoserve.core.plan import IterationPlan, IterationResult, Migration, Rows, SubBatch, Tier
 from neoserve.core.program import Span
@@ -45,8 +46,8 @@ def executor(tiny: Tiny, request: pytest.FixtureRequest) -> Iterator[Executor]:
     config = ResolvedConfig(
         model_name="tiny", shape=spec.shape, dtype=DTYPE, device=DEVICE, seed=0, max_model_len=256,
         max_num_seqs=4, max_num_batched_tokens=64, block_size=16, offload="auto", device_blocks=12, host_blocks=12,
-        staging_blocks=6, worker_cpus=(0,), host_deadline_s=5.0, target_tpot_ms=None, target_ttft_ms=None,
-        max_waiting=8, enforce_eager=request.param,
+        staging_blocks=6, worker_cpus=tuple(_native.allowed_cpus()[:1]), host_deadline_s=5.0,
+        target_tpot_ms=None, target_ttft_ms=None, max_waiting=8, enforce_eager=request.param,
     )  # fmt: skip
     made = Executor(config, Decoder(spec, weights, device.ops, config.max_model_len), device)
     assert bool(made.record_graphs()) != request.param

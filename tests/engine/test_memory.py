@@ -11,7 +11,7 @@ from neoserve.core.errors import ConfigError, HostMemoryError
 from neoserve.core.request import SamplingParams
 from neoserve.engine.memory import free_host_bytes
 from tests.engine.conftest import Tiny
-from tests.engine.driving import engine, generate
+from tests.engine.driving import ON_GPU, engine, generate
 from tests.families import save_family
 
 FAR_TOO_MUCH = 2**55
@@ -54,6 +54,7 @@ def test_all_refuses_to_start_when_its_memory_is_refused(tiny: Tiny) -> None:
         pass
 
 
+@pytest.mark.skipif(ON_GPU, reason="a GPU has fewer head dimensions than the host tier")
 def test_a_head_dimension_that_the_host_tier_lacks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_family("llama-head-dim", tmp_path, head_dim=32)
     with engine(str(tmp_path), offload="auto", device_kv_tokens=256) as core:

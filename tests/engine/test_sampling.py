@@ -304,10 +304,25 @@ def test_log_probabilities_ranks_and_the_likeliest() -> None:
     assert token_logprobs(logits, ids, 0).rows()[0].top == ()
 
 
+def test_a_token_is_counted_up_to_a_limit_and_no_further() -> None:
+    often = request(temperature=0.0, frequency_penalty=0.01)
+    state = SamplingState(1, V, CPU)
+    state.add(0, often, generated_ids=[5] * 40_000)
+    logits = torch.zeros(1, V)
+    logits[0, 5] = 1000.0
+    for _ in range(3):
+        assert state.sample(logits, state.batch([rows(0, 0)])).item() == 5
+    logits[0, 5] = 100.0
+    assert state.sample(logits, state.batch([rows(0, 0)])).item() != 5
+
+
 def test_large_batches_are_drawn_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = random_logits(7)
-    state = state_of(*(request(seed=seed, top_k=9, top_p=0.9) for seed in range(7)))
-    batch = state.batch([rows(slot) for slot in range(7)])
-    whole = state.sample(logits, batch)
+
+    def two_tokens_each() -> list[list[int]]:
+        state = state_of(*(request(seed=seed, top_k=9, top_p=0.9, repetition_penalty=1.5 + seed) for seed in range(7)))
+        return [state.sample(logits, state.batch([rows(slot, i) for slot in range(7)])).tolist() for i in range(2)]
+
+    whole = two_tokens_each()
     monkeypatch.setattr("neoserve.execution.sampling.DRAW_ELEMENTS", 3 * V)
-    assert torch.equal(state.sample(logits, batch), whole)
+    assert two_tokens_each() == whole

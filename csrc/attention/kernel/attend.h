@@ -84,6 +84,7 @@ void merge(const Share& share, const Cut& cut, int group) {
   const int64_t stride = partial_floats(share.lap->geometry);
   const float* const first = share.partials + cut.first_slot * stride;
   const float* const last = first + cut.num_slots * stride;
+  for (const float* at = first; at < last; at += kCacheLine / sizeof(float)) prefetch(at);
   for (int h = 0; h < group; ++h) {
     const int max_at = group * kDim + h, sum_at = max_at + group;
     float max = kLowest;
@@ -102,14 +103,29 @@ void merge(const Share& share, const Cut& cut, int group) {
   }
 }
 
+// A row's q, k, v as they came with the lap.
+template <class Tiles>
+const typename Tiles::Element* row_of(const Share& share, const Item& item) {
+  const Geometry& g = share.lap->geometry;
+  return static_cast<const typename Tiles::Element*>(share.memory->qkv) +
+         item.row * (g.num_query_heads + 2LL * g.num_kv_heads) * Tiles::kDim;
+}
+
+// The queries of an item that is to be attended soon.
+template <class Tiles>
+void ask_for_queries(const Share& share, const Item& item, int group) {
+  const typename Tiles::Element* queries = row_of<Tiles>(share, item) + item.kv_head * group * Tiles::kDim;
+  constexpr int kPerLine = kCacheLine / static_cast<int>(sizeof(*queries));
+  for (int i = 0; i < group * Tiles::kDim; i += kPerLine) prefetch(queries + i);
+}
+
 template <class Tiles>
 void attend_item(Tiles& tiles, const Share& share, const Item& item, int group, TileStream& stream) {
   using Element = typename Tiles::Element;
   constexpr int64_t kDim = Tiles::kDim;
   const LapShape& lap = *share.lap;
   const Geometry& g = lap.geometry;
-  const Element* row =
-      static_cast<const Element*>(share.memory->qkv) + item.row * (g.num_query_heads + 2LL * g.num_kv_heads) * kDim;
+  const Element* row = row_of<Tiles>(share, item);
   tiles.start_item(row + item.kv_head * group * kDim);
   for (int token = item.first_token; token < item.stop_token; token += kChunk) {
     const int left = item.stop_token - token;
@@ -146,7 +162,10 @@ void attend(const Share& share) {
   const Item* item = share.claim(share.context);
   if (is_own(item)) {
     TileStream stream(share, item, own_last, kRowBytes, Tiles::kTokensAhead);
-    for (; is_own(item); item = share.claim(share.context)) attend_item(tiles, share, *item, group, stream);
+    for (; is_own(item); item = share.claim(share.context)) {
+      if (is_own(item + 1)) ask_for_queries<Tiles>(share, item[1], group);
+      attend_item(tiles, share, *item, group, stream);
+    }
   }
   for (; item; item = share.claim(share.context)) {
     TileStream stream(share, item, item + 1, kRowBytes, Tiles::kTokensAhead);

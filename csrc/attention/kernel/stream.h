@@ -73,13 +73,13 @@ class TileStream {
  public:
   static constexpr int kTokensNear = 64;
 
-  // `tokens_ahead`, in whole tiles and one at least: up to 96.
+  // `tokens_ahead`, up to 96, in whole tiles.
   TileStream(const Share& share, const Item* first, const Item* last, int64_t row_bytes, int tokens_ahead)
       : block_size_(share.lap->geometry.block_size),
         row_bytes_(row_bytes),
         tile_bytes_(2 * block_size_ * row_bytes),
         tiles_near_(kTokensNear / block_size_),
-        tiles_ahead_(tokens_ahead < block_size_ ? 1 : tokens_ahead / block_size_),
+        tiles_ahead_((tokens_ahead + block_size_ - 1) / block_size_),
         walk_(share, first, last, tile_bytes_) {
     for (int i = 0; i < tiles_ahead_; ++i) ask(upcoming_[i] = walk_.next());
   }

@@ -1,7 +1,10 @@
 """Measures decode attention on the CPU: time, bandwidth, error, and what torch needs for the same.
 
-Shape letters: B sequences, H query heads, K kv heads, G heads that share one kv head, D head dim, N blocks, P tokens
-per block, S tokens of one sequence, X elements of one tile.
+Laps are measured as the engine runs them: several layers, each with KV of its own under the same block tables, armed
+one behind the other, so that whoever has finished a layer waits for the others and fetches what it reads next.
+
+Shape letters: L layers, B sequences, H query heads, K kv heads, G heads that share one kv head, D head dim, N blocks,
+P tokens per block, S tokens of one sequence, X elements of one tile.
 """
 
 from __future__ import annotations
@@ -13,12 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from neoserve._native import HostAttention, HostMemory, Lap, WorkerPool, flag_raise, flag_wait
+from neoserve._native import HostMemory, Lap, WorkerPool, flag_raise, flag_wait
 from neoserve.core.config import DTYPE_BYTES, DType
 from neoserve.core.errors import ConfigError, HostAttentionError
 from neoserve.kernels.host_attention import from_host_layout, host_attention
 
 _PASSES = 3  # over all laps; the fastest counts, as with the read bandwidth
+_MOST_LAYERS = 32
 _MOST_ARMED = 2048
 _TIMEOUT_S = 120.0
 _FILL_BYTES = 64 * 2**20
@@ -58,13 +62,13 @@ class Case:
 
     @property
     def lap_bytes(self) -> int:
-        """Bytes of the blocks of one lap."""
+        """Bytes of the blocks of one layer of a lap."""
         return self.batch * self.blocks_per_row * self.block_bytes
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a case took. `error`: norm of the difference from float64 over the norm, on some rows and heads."""
+    """What a layer took. `error`: norm of the difference from float64 over the norm, on some rows and heads."""
 
     case: Case
     ms: float
@@ -113,7 +117,7 @@ class AttentionBench:
         return self._flags.address + _CACHE_LINE_BYTES
 
     def fits(self, case: Case) -> bool:
-        """Whether the KV of one lap fits into the memory."""
+        """Whether the KV of one layer of a lap fits into the memory."""
         return case.lap_bytes <= self._kv_bytes
 
     def measure_series(self, cases: Iterable[Case], *, with_torch: bool = False) -> Series:
@@ -135,11 +139,11 @@ class AttentionBench:
         self._fill(case.dtype)
         problem = _Problem(case, self._pool, self._kv(case), self._random)
         laps = problem.plan()
-        seconds = min(self._run(problem.attention, laps) for _ in range(_PASSES))
+        seconds = min(self._run(problem, laps) for _ in range(_PASSES))
         return Measurement(
             case=case,
-            ms=seconds / len(laps) * 1e3,
-            gb_per_s=sum(lap.kv_bytes for lap in laps) / seconds / 1e9,
+            ms=seconds / (len(laps) * problem.num_layers) * 1e3,
+            gb_per_s=sum(lap.kv_bytes for lap in laps) * problem.num_layers / seconds / 1e9,
             error=problem.error(),
             torch_ms=self._torch_ms(case) if with_torch else None,
         )
@@ -157,23 +161,28 @@ class AttentionBench:
         self._filled = dtype
 
     def _kv(self, case: Case) -> torch.Tensor:
-        """The memory as one layer of host KV, [1, N, K, 2, X]."""
-        num_blocks = self._kv_bytes // case.block_bytes
-        elements = torch.from_numpy(self._memory.array()[: num_blocks * case.block_bytes])
+        """The memory as layers of host KV, [L, N, K, 2, X]: as many as fit, but no more than models have."""
+        num_layers = min(_MOST_LAYERS, self._kv_bytes // case.lap_bytes)
+        num_blocks = self._kv_bytes // case.block_bytes // num_layers
+        elements = torch.from_numpy(self._memory.array()[: num_layers * num_blocks * case.block_bytes])
         tile = case.block_size * case.heads.head_dim
-        return elements.view(getattr(torch, case.dtype)).view(1, num_blocks, case.heads.num_kv_heads, 2, tile)
+        return elements.view(getattr(torch, case.dtype)).view(num_layers, num_blocks, case.heads.num_kv_heads, 2, tile)
 
-    def _run(self, attention: HostAttention, laps: Sequence[Lap]) -> float:
-        """Seconds from the start of the first lap to the end of the last, hand-offs between them included."""
+    def _run(self, problem: _Problem, laps: Sequence[Lap]) -> float:
+        """Seconds from the start of the first layer to the end of the last, hand-offs between them included."""
         nanoseconds = 0
-        for start in range(0, len(laps), _MOST_ARMED):
-            armed = laps[start : start + _MOST_ARMED]
+        at_once = _MOST_ARMED // problem.num_layers
+        for start in range(0, len(laps), at_once):
+            armed = laps[start : start + at_once]
             for lap in armed:
-                self._armed += 1
-                attention.arm(lap, 0, ready=self._ready, ready_value=1, done=self._done, done_value=self._armed)
+                for layer in range(problem.num_layers):
+                    self._armed += 1
+                    problem.attention.arm(
+                        lap, layer, ready=self._ready, ready_value=1, done=self._done, done_value=self._armed
+                    )
             if not flag_wait(self._done, self._armed, _TIMEOUT_S) or self._pool.error():
                 raise HostAttentionError(self._pool.error() or f"attention took more than {_TIMEOUT_S} s")
-            nanoseconds += int(armed[-1].timeline()[-1, 2] - armed[0].timeline()[-1, 1])
+            nanoseconds += int(armed[-1].timeline()[-1, 2] - armed[0].timeline()[-problem.num_layers, 1])
         return nanoseconds / 1e9
 
     def _torch_ms(self, case: Case) -> float:
@@ -205,6 +214,7 @@ class _Problem:
         heads, dtype = case.heads, getattr(torch, case.dtype)
         self._case = case
         self._kv_LNK2X = kv_LNK2X
+        self.num_layers = kv_LNK2X.shape[0]
         self._qkv_BCD = torch.randn(case.batch, heads.num_query_heads + 2 * heads.num_kv_heads, heads.head_dim).to(
             dtype
         )
@@ -237,14 +247,14 @@ class _Problem:
         ]
 
     def error(self) -> float:
-        """Of the last lap's output against float64, on a few pairs of a row and a kv head."""
+        """Of the output of the last lap's last layer against float64, on a few pairs of a row and a kv head."""
         case = self._case
         group = case.heads.num_query_heads // case.heads.num_kv_heads
         difference, norm = 0.0, 0.0
         for i in range(4 if case.length <= 4096 else 1):
             row, kv_head = case.batch - 1 - i % case.batch, i % case.heads.num_kv_heads
             blocks = torch.from_numpy(self._tables[-1, row].astype(np.int64))
-            kv_N2KPD = from_host_layout(self._kv_LNK2X[0, blocks, kv_head : kv_head + 1], case.heads.head_dim)
+            kv_N2KPD = from_host_layout(self._kv_LNK2X[-1, blocks, kv_head : kv_head + 1], case.heads.head_dim)
             k_SD, v_SD = kv_N2KPD[:, :, 0].double().transpose(0, 1).flatten(1, 2)[:, : case.length]
             query_heads = slice(kv_head * group, (kv_head + 1) * group)
             scores_GS = self._qkv_BCD[row, query_heads].double() @ k_SD.T * case.heads.head_dim**-0.5

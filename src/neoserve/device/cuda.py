@@ -149,15 +149,19 @@ class CudaDevice(Device):
             raise completion.error
         stream.wait_event(completion.end)
 
-    def record(self, work: Callable[[], None], group: int) -> Callable[[], None]:
+    def record(self, work: Callable[[], None], group: int | None) -> Callable[[], None]:
         """As `Device.record`, a CUDA graph; the recordings of a group share one pool of memory."""
+        replay: Callable[[], None] = self._capture(work, self._graph_pool(group)).replay
+        return replay
+
+    def _graph_pool(self, group: int | None) -> Any:
+        if group is None:
+            return torch.cuda.graph_pool_handle()
         if group not in self._graph_pools:
             # A pool ends with its last graph and cannot begin again, so each has one that stays.
             pool = torch.cuda.graph_pool_handle()
             self._graph_pools[group] = (pool, self._capture(lambda: torch.zeros(1, device=self.torch_device), pool))
-        pool, _ = self._graph_pools[group]
-        replay: Callable[[], None] = self._capture(work, pool).replay
-        return replay
+        return self._graph_pools[group][0]
 
     def _capture(self, work: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

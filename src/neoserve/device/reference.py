@@ -136,7 +136,7 @@ class ReferenceDevice(Device):
     def hold_exchanges(self, channel: int, completion: Completion) -> None:
         completion.wait()
 
-    def record(self, work: Callable[[], None], group: int) -> Callable[[], None]:
+    def record(self, work: Callable[[], None], group: int | None) -> Callable[[], None]:
         """The work itself: running it again is all there is to replay."""
         return work
 

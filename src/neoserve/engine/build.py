@@ -10,14 +10,13 @@ from typing import Literal
 import torch
 
 from neoserve import _native
-from neoserve.core.config import DType, EngineConfig, ModelShape
+from neoserve.core.config import DType, EngineConfig, ModelShape, ResolvedConfig
 from neoserve.core.errors import ConfigError, HostMemoryError
 from neoserve.device.base import Device
 from neoserve.engine.calibrate import cost_table
-from neoserve.engine.memory import device_kv_bytes, release_unused
-from neoserve.engine.resolve import Threads, batch_limits, resolve, share_cpus
+from neoserve.engine.memory import DeviceBudget, release_unused, rough_kv_bytes
+from neoserve.engine.resolve import Threads, resolve, share_cpus
 from neoserve.execution.executor import Executor
-from neoserve.execution.graphs import recorded_bytes
 from neoserve.kernels.host_attention import HOST_HEAD_DIMS
 from neoserve.models.checkpoint import Checkpoint, open_checkpoint
 from neoserve.models.decoder import Decoder
@@ -54,18 +53,21 @@ def build(config: EngineConfig, progress: Callable[[str], None], weights: Decode
     try:
         device = make_device(kind, spec.shape, dtype, config.block_size, threads.num_compute)
         model = _load(config, checkpoint, dtype, device, progress, weights)
-        executor = _executor(config, kind, dtype, device, model, threads, progress)
+        executor, budget = _executor(config, kind, dtype, device, model, threads, progress)
+        progress("recording graphs")
+        recorded = executor.record_graphs()
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"{config.model or 'the model'} in {dtype} does not fit the GPU ({str(error).split('. ')[0]}); "
             "use a GPU with more memory, a smaller model, or lower --max-num-batched-tokens or --device-kv-tokens"
         ) from error
-    progress("recording graphs")
-    if recorded := executor.record_graphs():
-        progress(recorded)
+    if recorded is not None:
+        progress(str(recorded))
     progress("measuring what iterations cost")
     cost = CostModel(cost_table(executor), spec.shape)
     release_unused(device)
+    if budget is not None:
+        budget.check(executor, recorded.num_bytes if recorded is not None else 0)
     return Built(
         executor=executor,
         scheduler=Scheduler(executor.config, cost),
@@ -107,16 +109,12 @@ def _executor(
     model: Decoder,
     threads: Threads,
     progress: Callable[[str], None],
-) -> Executor:
-    """The executor with both pools; without a host tier when the system refuses its memory and "auto" allows it."""
-    max_num_seqs, num_rows = batch_limits(config, kind)
-    recorded = 0
-    if not config.enforce_eager:
-        recorded = recorded_bytes(model.shape, dtype, max_num_seqs, num_rows, config.offload)
-    kv_bytes = device_kv_bytes(config, device, model, num_rows, recorded)
+) -> tuple[Executor, DeviceBudget | None]:
+    """The executor with both pools, and what a GPU's memory was found to be; without a host tier when the system
+    refuses its memory and "auto" allows it."""
 
-    def make(asked: EngineConfig) -> Executor:
-        resolved = resolve(
+    def resolved(asked: EngineConfig, kv_bytes: int) -> ResolvedConfig:
+        return resolve(
             asked,
             model.shape,
             model_name=config.model or "embedded",
@@ -125,11 +123,20 @@ def _executor(
             device_kv_bytes=kv_bytes,
             threads=threads,
         )
+
+    def make(asked: EngineConfig) -> tuple[Executor, DeviceBudget | None]:
+        runs, budget = resolved(asked, rough_kv_bytes(device)), None
+        if kind == "cuda":
+            # A pool of a given size leaves what is left: whether recordings fit there shows when they are made.
+            recordings = asked.device_kv_tokens is None
+            progress("measuring memory")
+            budget = DeviceBudget.measure(device, model, runs, asked.gpu_memory_utilization, recordings=recordings)
+            runs = resolved(asked, budget.kv)
         progress(
-            f"KV pools: device {resolved.device_blocks * resolved.block_size} tokens, "
-            f"host {resolved.host_blocks * resolved.block_size} tokens"
+            f"KV pools: device {runs.device_blocks * runs.block_size} tokens, "
+            f"host {runs.host_blocks * runs.block_size} tokens"
         )
-        return Executor(resolved, model, device)
+        return Executor(runs, model, device), budget
 
     try:
         return make(config)

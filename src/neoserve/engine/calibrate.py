@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +16,25 @@ import torch
 
 from neoserve import _native
 from neoserve.core.config import ResolvedConfig
+from neoserve.core.errors import HostAttentionError
 from neoserve.core.plan import IterationPlan, Rows, SubBatch, Tier
 from neoserve.core.program import Span
 from neoserve.core.request import Request, SamplingParams
 from neoserve.device.base import PagedBatch
 from neoserve.execution.executor import Executor
+from neoserve.execution.handoff import FLAG_WORDS
 from neoserve.execution.head import GROUP_ROWS
 from neoserve.models.decoder import split_qkv
 from neoserve.scheduling.cost import CostTable, Curve
 
 REPEATS = 5
-LINEAR_ROWS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+CHAINED = 16
+LINEAR_ROWS = (1, 16, 64, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 MAX_RECORDED_ROWS = 256
-_GROUP = 3
-"""Of the device's recordings; the engine's own have others."""
+SUSTAINED_S = 0.2
+"""How long each number of rows goes through the linear layers on a GPU, the most rows first and without a pause: matrix
+products of an H200 are up to a quarter slower after a second of them than in the first milliseconds, those of few rows
+above all, at the clocks that it reports throughout."""
 MAX_LAYERS = 8
 """Layers that a linear measurement goes through: enough that none finds its weights in a cache."""
 
@@ -104,27 +110,25 @@ class Calibration:
             migration_us_per_token=self._migration_us_per_token(),
         )
 
-    def _time_us(self, work: Callable[[], None], *, recorded: bool = False, repeats: int = REPEATS) -> float:
+    def _time_us(self, work: Callable[[], None], *, recorded: bool = False, least_s: float = 0.0) -> float:
         """Median time of `work` on the device, once warm; `recorded` for work that enqueueing would outlast."""
         self._device.submit(work).wait()
         if recorded:
             replays: list[Callable[[], None]] = []
-            self._device.submit(lambda: replays.append(self._device.record(work, _GROUP))).wait()
+            self._device.submit(lambda: replays.append(self._device.record(work, None))).wait()
             work = replays[0]
-        times = []
-        for _ in range(repeats):
+        times: list[float] = []
+        while len(times) < REPEATS or sum(times) < least_s * 1e6:
             completion = self._device.submit(work)
             completion.wait()
             times.append(completion.elapsed_us())
         return statistics.median(times)
 
     def _curve(self, time_us: Callable[[int], float], most: int) -> Curve:
-        """`time_us` at growing sizes up to `most`, made to never fall."""
+        """`time_us` at sizes up to `most`, the largest first, made to never fall."""
         sizes = [size for size in LINEAR_ROWS if size < most] + [most]
-        points: list[tuple[float, float]] = []
-        for size in sizes:
-            points.append((size, max([time_us(size), *(us for _, us in points[-1:])])))
-        return Curve(tuple(points))
+        measured = [time_us(size) for size in reversed(sizes)]
+        return Curve(tuple(zip(sizes, accumulate(reversed(measured), max), strict=True)))
 
     def _random(self, *size: int) -> torch.Tensor:
         dtype: torch.dtype = getattr(torch, self._config.dtype)
@@ -151,7 +155,8 @@ class Calibration:
                 _, residual_TE = layer.before_attention(x_TE.clone(), residual_TE, positions_T)
                 layer.after_attention(attn_THD, residual_TE)
 
-        return self._time_us(work, recorded=num_rows <= MAX_RECORDED_ROWS) / len(self._layers)
+        least_s = SUSTAINED_S if self._config.device == "cuda" else 0.0
+        return self._time_us(work, recorded=num_rows <= MAX_RECORDED_ROWS, least_s=least_s) / len(self._layers)
 
     def _head_us(self, num_rows: int) -> float:
         x_TE = self._random(num_rows, self._shape.hidden_size)
@@ -216,7 +221,7 @@ class Calibration:
         )
 
     def _host_us(self, num_rows: int, length: int) -> float:
-        """One layer's task of the worker pool."""
+        """One layer's task of the worker pool in a chain of them: within a lap the workers are awake."""
         executor, config = self._executor, self._config
         assert executor.pool is not None
         attention = executor.host_attention(executor.pool)
@@ -231,13 +236,16 @@ class Calibration:
             qkv_address=qkv_TCD.data_ptr(),
             out_address=out_THD.data_ptr(),
         )
-        times = []
-        for turn in range(REPEATS + 1):
+        flags = np.zeros(2 * FLAG_WORDS, dtype=np.int32)
+        ready, done = flags.ctypes.data, flags.ctypes.data + 4 * FLAG_WORDS
+        for turn in range(1, CHAINED + 1):
             layer = turn % self._shape.num_layers
-            start_s = time.perf_counter()
-            attention.attend(lap, layer)
-            times.append((time.perf_counter() - start_s) * 1e6)
-        return statistics.median(times[1:])
+            attention.arm(lap, layer, ready=ready, ready_value=1, done=done, done_value=turn)
+        _native.flag_raise(ready, 1)
+        if not _native.flag_wait(done, CHAINED, config.host_deadline_s):
+            raise HostAttentionError(f"the worker pool did not do {CHAINED} tasks within the deadline")
+        _, start_ns, end_ns = lap.timeline()[CHAINED // 2 :].T
+        return float(np.median(end_ns - start_ns)) / 1e3
 
     def _host_attention(self) -> tuple[float, float, float]:
         """Fixed cost of a task, cost of each KV token, cost of each row."""
@@ -254,7 +262,8 @@ class Calibration:
         )
 
     def _handoff_us(self, num_rows: int, task_us: float) -> float:
-        """From q, k, v on the device to their attention output on it, without the attention itself."""
+        """From q, k, v on the device to their attention output on it, without the attention itself, in a chain: within
+        a lap the workers are awake."""
         config, shape = self._config, self._shape
         if not config.host_blocks:
             return self._rough.handoff_us
@@ -268,12 +277,18 @@ class Calibration:
         qkv_TCD = self._random(num_rows, shape.num_query_heads + 2 * shape.num_kv_heads, shape.head_dim)
         attn_THD = self._random(num_rows, shape.num_query_heads, shape.head_dim)
         lap = handoff.begin(rows)
+
+        def work() -> None:
+            for _ in range(CHAINED):
+                handoff.send(qkv_TCD, attn_THD).finish()
+
         times = []
         for _ in range(REPEATS + 1):
-            handoff.arm(lap, 0)
-            completion = self._device.submit(lambda: handoff.send(qkv_TCD, attn_THD).finish())
+            for turn in range(CHAINED):
+                handoff.arm(lap, turn % shape.num_layers)
+            completion = self._device.submit(work)
             completion.wait()
-            times.append(completion.elapsed_us())
+            times.append(completion.elapsed_us() / CHAINED)
         return max(0.0, statistics.median(times[1:]) - task_us)
 
     def _handoff_us_per_row(self, task_us: float, us_per_row: float) -> float:

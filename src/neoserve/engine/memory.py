@@ -1,29 +1,37 @@
 """How much memory there is: of the host within its limits, and of the device beside the model, measured.
 
-Shape letters: T rows, H query heads, D head dim, N blocks, K kv heads, P tokens per block, B sampled rows.
+Shape letters: T rows, N blocks, K kv heads, P tokens per block, D head dim, B sampled rows.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 
-from neoserve.core.config import EngineConfig
+from neoserve.core.config import ResolvedConfig
+from neoserve.core.errors import ConfigError
+from neoserve.core.plan import Rows, Tier
+from neoserve.core.request import MAX_LOGPROBS, Request, SamplingParams
 from neoserve.device.base import Device, PagedBatch
+from neoserve.execution.executor import Executor
+from neoserve.execution.graphs import measure_recordings
 from neoserve.execution.head import GROUP_ROWS
-from neoserve.execution.sampling import Draw, draw
+from neoserve.execution.linear import EagerLinear
+from neoserve.execution.logprobs import token_logprobs
+from neoserve.execution.sampling import SamplingState
 from neoserve.models.decoder import Decoder, split_qkv
 
 logger = logging.getLogger(__name__)
 
 REFERENCE_DEVICE_FRACTION = 0.25
-FRAGMENT_BYTES = 2**28
-"""What the allocator may lose between the largest lap and the mix of all others."""
+SPARE_BYTES = 2**28
+"""For what is not measured: holes between blocks of other laps' sizes, and kernels that load at their first use."""
 _CGROUP_FILES = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 
 
@@ -39,22 +47,67 @@ def free_host_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return free
 
 
-def device_kv_bytes(config: EngineConfig, device: Device, model: Decoder, num_rows: int, recorded_bytes: int) -> int:
-    """What the device has for KV and staging, once the model is loaded.
+@dataclass(frozen=True, slots=True)
+class DeviceBudget:
+    """Memory of a GPU, in bytes, as measured at start before there is a pool.
 
-    num_rows: of the largest lap. recorded_bytes: for recordings that are still to come.
+    ours: what NEO may use. used: in use with the model. lap: what the largest lap takes while it runs, with what
+    sampling keeps once a request asks for penalties. recordings: what they take.
     """
-    if device.torch_device.type != "cuda":
-        return int(device.free_bytes() * REFERENCE_DEVICE_FRACTION)
-    lap_bytes = _largest_lap_bytes(config, device, model, num_rows)
-    total_bytes = device.total_bytes()
-    used_bytes = total_bytes - device.free_bytes()
-    ours = int(total_bytes * config.gpu_memory_utilization)
-    logger.info(
-        "GPU memory in GiB: %.2f of %.2f for NEO; in use with the model %.2f, largest lap %.2f, graphs %.2f",
-        *(count / 2**30 for count in (ours, total_bytes, used_bytes, lap_bytes, recorded_bytes)),
-    )
-    return ours - used_bytes - lap_bytes - recorded_bytes - FRAGMENT_BYTES
+
+    ours: int
+    used: int
+    lap: int
+    recordings: int
+
+    @classmethod
+    def measure(
+        cls, device: Device, model: Decoder, config: ResolvedConfig, utilization: float, *, recordings: bool
+    ) -> DeviceBudget:
+        """By running the parts of the largest lap, which loads their kernels, and by recording for `config` once.
+
+        recordings: whether to record; else they count as nothing.
+        """
+        lap_bytes = _lap_bytes(device, model, config)
+        release_unused(device)
+        used_bytes = device.total_bytes() - device.free_bytes()
+        recorded_bytes = measure_recordings(device, model, config) if recordings else 0
+        release_unused(device)
+        return cls(int(device.total_bytes() * utilization), used_bytes, lap_bytes, recorded_bytes)
+
+    @property
+    def kv(self) -> int:
+        """What is left for KV and staging."""
+        return self.ours - self.used - self.lap - self.recordings - SPARE_BYTES
+
+    def check(self, executor: Executor, recorded_bytes: int) -> None:
+        """Log where the memory went, once all is in its place; raises `ConfigError` if it is more than NEO may use."""
+        device, store = executor.device, executor.store
+        used_bytes = device.total_bytes() - device.free_bytes()
+        parts = {
+            "weights": executor.model.weights.num_bytes,
+            "KV": store.device_LN2KPD.nbytes,
+            "staging": store.staging_LN2KPD.nbytes,
+            "graphs": max(recorded_bytes, self.recordings),  # the driver keeps what the first ones took for the next
+        }
+        parts["CUDA, kernels and workspaces"] = used_bytes - sum(parts.values())
+        parts["largest lap"] = self.lap
+        parts["left alone"] = device.total_bytes() - used_bytes - self.lap
+        listed = ", ".join(f"{what} {num_bytes / 2**30:.2f}" for what, num_bytes in parts.items())
+        logger.info("GPU memory of %.2f GiB: %s", device.total_bytes() / 2**30, listed)
+        if used_bytes + self.lap > self.ours:
+            raise ConfigError(
+                f"NEO needs {(used_bytes + self.lap) / 2**30:.2f} GiB of the GPU, {self.lap / 2**30:.2f} of them for "
+                f"its largest lap, and may use {self.ours / 2**30:.2f}; lower --device-kv-tokens or "
+                "--max-num-batched-tokens, or raise --gpu-memory-utilization"
+            )
+
+
+def rough_kv_bytes(device: Device) -> int:
+    """What the device could give for KV and staging, before anything is measured."""
+    if device.torch_device.type == "cuda":
+        return device.free_bytes()
+    return int(device.free_bytes() * REFERENCE_DEVICE_FRACTION)
 
 
 def release_unused(device: Device) -> None:
@@ -63,60 +116,77 @@ def release_unused(device: Device) -> None:
         torch.cuda.empty_cache()
 
 
-def _largest_lap_bytes(config: EngineConfig, device: Device, model: Decoder, num_rows: int) -> int:
-    """Run the parts of the largest lap, which also loads their kernels; the memory that the allocator took for it."""
-    parts = (lambda: _run_layers(config, device, model, num_rows), lambda: _run_head(device, model))
-    return max(_reserved_bytes(device, part) for part in parts)
+def _lap_bytes(device: Device, model: Decoder, config: ResolvedConfig) -> int:
+    """Memory of the largest lap: either of its layers or of its head, and what sampling keeps."""
+    shape, dtype = config.shape, getattr(torch, config.dtype)
+    size = (config.blocks_for(config.max_num_batched_tokens), 2, shape.num_kv_heads, config.block_size, shape.head_dim)
+    kv_N2KPD = torch.zeros(size, dtype=dtype, device=device.torch_device)
+    state = SamplingState(config.max_num_seqs, shape.vocab_size, device.torch_device)
+    device.synchronise()
+    device.submit(lambda: _begin_sampling(state, config)).wait()
+    layer_bytes = _taken_bytes(device, lambda: _run_layers(device, model, config, kv_N2KPD))
+    head_bytes = _taken_bytes(device, lambda: _run_head(model, config, state))
+    return max(layer_bytes, head_bytes) + state.num_bytes
 
 
-def _reserved_bytes(device: Device, work: Callable[[], None]) -> int:
-    """What the allocator takes from the GPU for `work`."""
+def _taken_bytes(device: Device, work: Callable[[], None]) -> int:
+    """What the allocator takes from the GPU for `work`, once what `work` loads and keeps is there."""
+    device.submit(work).wait()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(device.torch_device)
     torch.cuda.reset_peak_memory_stats(device.torch_device)
     device.submit(work).wait()
-    peak = torch.cuda.max_memory_reserved(device.torch_device)
-    torch.cuda.empty_cache()
-    return peak - before
+    return torch.cuda.max_memory_reserved(device.torch_device) - before
 
 
-def _run_layers(config: EngineConfig, device: Device, model: Decoder, num_rows: int) -> None:
-    """Two layers of one prompt of all rows, then one of decodes."""
-    shape, torch_device = model.shape, device.torch_device
-    num_blocks = -(-num_rows // config.block_size)
-    x_TE = model.embed(torch.zeros(num_rows, dtype=torch.int64, device=torch_device))
-    kv_N2KPD = x_TE.new_zeros(num_blocks, 2, shape.num_kv_heads, config.block_size, shape.head_dim)
-    positions_T = torch.zeros(num_rows, dtype=torch.int64, device=torch_device)
-    residual_TE = None
-    num_decodes = min(GROUP_ROWS, num_blocks)
-    prompt = _batch(np.array([num_rows]), np.array([num_blocks]), np.array([num_rows]))
+def _run_layers(device: Device, model: Decoder, config: ResolvedConfig, kv_N2KPD: torch.Tensor) -> None:
+    """Two layers of a lap that is one prompt, beside another lap with a row for each sequence."""
+    num_rows, num_decodes = config.max_num_batched_tokens, config.max_num_seqs
+    prompt = _batch(np.array([num_rows]), np.array([len(kv_N2KPD)]), np.array([num_rows]))
     decodes = _batch(*(np.ones(num_decodes, dtype=np.int64) for _ in range(3)))
-    for layer, batch in zip(model.layers, (prompt, prompt, decodes), strict=False):
-        x_TE = x_TE[: batch.num_rows]
-        positions_T = positions_T[: batch.num_rows]
-        residual_TE = residual_TE[: batch.num_rows] if residual_TE is not None else None
-        attention = device.ops.plan_attention(batch, decode=batch is decodes)
-        qkv_TCD, residual_TE = layer.before_attention(x_TE, residual_TE, positions_T)
-        attn_THD = x_TE.new_empty(batch.num_rows, shape.num_query_heads, shape.head_dim)
-        q_THD, k_TKD, v_TKD = split_qkv(qkv_TCD, shape)
-        attention.run(q_THD, k_TKD, v_TKD, kv_N2KPD, attn_THD)
-        x_TE, residual_TE = layer.after_attention(attn_THD, residual_TE)
+    laps = [(EagerLinear(model), batch, device.ops.plan_attention(batch, decode=batch is decodes))
+            for batch in (prompt, decodes)]  # fmt: skip
+    for linear, batch, _ in laps:
+        zeros_T = torch.zeros(batch.num_rows, dtype=torch.int64, device=device.torch_device)
+        linear.embed(zeros_T, zeros_T)
+    for layer in range(min(2, config.shape.num_layers)):
+        for linear, _, attention in laps:
+            linear.pre(layer)
+            attention.run(*split_qkv(linear.qkv_TCD, config.shape), kv_N2KPD, linear.attn_THD)
+        for linear, _, _ in laps:
+            linear.post(layer)
 
 
 def _batch(rows: np.ndarray, blocks: np.ndarray, lengths: np.ndarray) -> PagedBatch:
     return PagedBatch(
         row_start=np.concatenate([[0], np.cumsum(rows)]).astype(np.int32),
         block_start=np.concatenate([[0], np.cumsum(blocks)]).astype(np.int32),
-        block_ids=np.arange(blocks.sum(), dtype=np.int32),
+        block_ids=np.zeros(blocks.sum(), dtype=np.int32),
         lengths=lengths.astype(np.int32),
     )
 
 
-def _run_head(device: Device, model: Decoder) -> None:
-    """A group of sampled rows whose draws sort the whole vocabulary."""
-    torch_device = device.torch_device
-    x_BE = model.embed(torch.zeros(GROUP_ROWS, dtype=torch.int64, device=torch_device))
-    logits_BV = model.head(x_BE)
-    columns_B5 = torch.tensor([1.0, 1.0, -torch.inf, model.shape.vocab_size, 0.9], device=torch_device)
-    keys_B = torch.zeros(GROUP_ROWS, dtype=torch.int64, device=torch_device)
-    draw(logits_BV, Draw(keys_B, columns_B5.expand(GROUP_ROWS, 5), True, model.shape.vocab_size, False))
+def _sampled_rows(config: ResolvedConfig) -> tuple[Rows, ...]:
+    """A group of rows that the head samples at once."""
+    no_blocks = np.zeros(0, dtype=np.int32)
+    return tuple(
+        Rows(str(slot), slot, Tier.DEVICE, 1, 1, None, no_blocks, (), True, 1)
+        for slot in range(min(GROUP_ROWS, config.max_num_seqs))
+    )
+
+
+def _begin_sampling(state: SamplingState, config: ResolvedConfig) -> None:
+    """Requests that ask for all that a request can."""
+    params = SamplingParams(
+        temperature=1.0, top_p=0.9, min_p=0.1, repetition_penalty=1.1, presence_penalty=0.1, logit_bias={0: 1.0}
+    )
+    for rows in _sampled_rows(config):
+        state.add(rows.slot, Request(rows.request_id, (0,), params, (), 0.0))
+
+
+def _run_head(model: Decoder, config: ResolvedConfig, state: SamplingState) -> None:
+    """Log-probabilities and sampling of a group of rows."""
+    rows = _sampled_rows(config)
+    logits_BV = model.head(model.embed(torch.zeros(len(rows), dtype=torch.int64, device=model.weights.head_VE.device)))
+    ids_B = state.sample(logits_BV, state.batch(rows))
+    token_logprobs(logits_BV, ids_B, min(MAX_LOGPROBS, config.shape.vocab_size))

@@ -14,7 +14,7 @@ from neoserve.core.plan import IterationPlan, IterationResult
 from neoserve.core.program import Span, Stage, program
 from neoserve.core.request import Request
 from neoserve.device.base import Completion, Device
-from neoserve.execution.graphs import Graphs
+from neoserve.execution.graphs import Graphs, Recorded
 from neoserve.execution.handoff import HandOff
 from neoserve.execution.issue import OnStage, arm, issue, replay
 from neoserve.execution.kv_store import KVStore
@@ -66,8 +66,8 @@ class Executor:
         self._whole_lap = Span(0, 0, config.shape.num_layers + 1, False)
         device.synchronise()  # everything above was enqueued outside `submit`
 
-    def record_graphs(self) -> str:
-        """Record what later iterations replay (seconds on a GPU); says what it took, "" for nothing to record."""
+    def record_graphs(self) -> Recorded | None:
+        """Record what later iterations replay (seconds on a GPU); `None` where there is nothing to record."""
         return self._shop.graphs.record()
 
     @property

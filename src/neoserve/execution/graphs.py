@@ -14,13 +14,13 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
 
-from neoserve.core.config import DTYPE_BYTES, ModelShape, OffloadMode, ResolvedConfig
+from neoserve.core.config import ResolvedConfig
 from neoserve.device.base import DecodePlans, Device, PagedBatch
 from neoserve.execution.kv_store import KVStore
 from neoserve.execution.linear import EagerLinear, Linear
@@ -34,14 +34,22 @@ STAGE_BUCKETS = (16, 32, 64, 96, 128, 192, 256)
 """Rows beyond the largest keep a GPU busy for longer than it takes to enqueue them kernel by kernel."""
 MAX_RECORD_S = 25.0
 MAX_RECORD_BYTES = 2**31
-
-_LAP_LAYER_BYTES = 120 * 2**10
-_STEP_BYTES = 170 * 2**10
-"""Memory that the driver takes for a layer in a recorded lap, and for a recorded step, on an H200."""
 _LAP_GROUP = 2
 """Of recordings that share memory; groups 0 and 1 are the sub-batches', whose steps alternate."""
 
 Replay = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What was recorded, and the device's memory that it took."""
+
+    num_sets: int
+    seconds: float
+    num_bytes: int
+
+    def __str__(self) -> str:
+        return f"recorded {self.num_sets} sets of graphs in {self.seconds:.1f} s, {self.num_bytes / 2**20:.0f} MiB"
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,12 +231,12 @@ class Graphs:
             sizes = _up_to(STAGE_BUCKETS, config.max_num_batched_tokens)
             self._stages = tuple(StageGraphs(device, model, dtype, sizes, group) for group in (0, 1))
 
-    def record(self) -> str:
-        """Record what time and memory allow, largest buckets first; says what was recorded, "" for nothing."""
+    def record(self) -> Recorded | None:
+        """Record what time and memory allow, largest buckets first; `None` where there is nothing to record."""
         sets = [graphs for graphs in (self._lap, *self._stages) if graphs is not None]
         work = [(graphs, size) for graphs in sets for size in reversed(graphs.sizes)]
         if not work:
-            return ""
+            return None
         start_s, free_bytes, num_recorded = time.perf_counter(), self._device.free_bytes(), 0
         for graphs, size in work:
             self._device.submit(partial(graphs.record, size)).wait()
@@ -239,7 +247,7 @@ class Graphs:
                     "recorded %d of %d sets of graphs, the time or the memory for more is up", num_recorded, len(work)
                 )
                 break
-        return f"recorded {num_recorded} sets of graphs in {seconds:.1f} s, {num_bytes / 2**20:.0f} MiB"
+        return Recorded(num_recorded, seconds, num_bytes)
 
     def linear(self, sub_batch: int, num_rows: int) -> Linear | None:
         """The recorded linear work of a sub-batch's lap; `None` where it must be enqueued kernel by kernel."""
@@ -250,18 +258,19 @@ class Graphs:
         return self._lap if self._lap is not None and self._lap.holds(num_sequences) else None
 
 
-def recorded_bytes(shape: ModelShape, dtype: str, max_num_seqs: int, max_num_rows: int, offload: OffloadMode) -> int:
-    """About what `Graphs.record` will take of the device's memory: the driver's part, measured, and the tensors."""
-    row_values = 2 * (2 * shape.num_query_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    row_bytes = (row_values + 3 * shape.ffn_size + 6 * shape.hidden_size) * DTYPE_BYTES[dtype]
-    num_bytes = 0
-    if offload != "all":
-        sizes = _up_to(LAP_BUCKETS, max_num_seqs)
-        num_bytes += len(sizes) * shape.num_layers * _LAP_LAYER_BYTES + sizes[-1] * row_bytes
-    if offload != "off":
-        sizes = _up_to(STAGE_BUCKETS, max_num_rows)
-        num_bytes += 2 * (len(sizes) * (shape.num_layers + 1) * _STEP_BYTES + sizes[-1] * row_bytes)
-    return num_bytes
+def measure_recordings(device: Device, model: Decoder, config: ResolvedConfig) -> int:
+    """Memory of the device that all recordings of `config` take with their tensors; they end with this call.
+
+    They run over a pool of a single block: what they take does not depend on its size, which is found by it.
+    """
+    device.synchronise()
+    free_bytes = device.free_bytes()
+    store = KVStore(replace(config, device_blocks=0, host_blocks=0, staging_blocks=0), device)
+    last_ids_S = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device.torch_device)
+    graphs = Graphs(device, model, store, last_ids_S, config)
+    device.synchronise()
+    graphs.record()
+    return free_bytes - device.free_bytes()
 
 
 _NO_SEQUENCES = PagedBatch(*(np.zeros(size, dtype=np.int32) for size in (1, 1, 0, 0)))

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from neoserve import _native
 from neoserve.core.config import ResolvedConfig
 from neoserve.core.errors import HostMemoryError
 from neoserve.core.plan import Migration, Tier
 from neoserve.device.base import Completion, Device
+from neoserve.kernels.host_attention import allocate_host_kv
 
 
 class KVStore:
@@ -38,13 +38,9 @@ class KVStore:
         self._device = device
         self.num_layers = shape.num_layers
         self.padding_block = config.device_blocks
-        block_values = int(np.prod(block))
-        num_values = shape.num_layers * config.host_blocks * block_values
-        self._host_memory = _host_memory(config, num_values * dtype.itemsize)
+        self.host_LNX = _host_pool(config, dtype).flatten(2)
         if config.host_blocks:
-            device.register(self._host_memory.address, self._host_memory.num_bytes)
-        host = torch.from_numpy(self._host_memory.array())[: num_values * dtype.itemsize].view(dtype)
-        self.host_LNX = host.view(shape.num_layers, config.host_blocks, block_values)
+            device.register(self.host_LNX.data_ptr(), self.host_LNX.nbytes)
         self.device_LN2KPD = torch.zeros(
             (shape.num_layers, config.device_blocks + 1, *block), dtype=dtype, device=device.torch_device
         )
@@ -101,12 +97,23 @@ class KVStore:
         self._last_copy = self._area_stored[layer % 2] = stored
 
 
-def _host_memory(config: ResolvedConfig, num_bytes: int) -> _native.HostMemory:
-    # A GPU pins the pages, which takes several times as long where they are not there yet.
-    touch_cpus = config.worker_cpus if config.device == "cuda" and num_bytes else ()
+def _host_pool(config: ResolvedConfig, dtype: torch.dtype) -> torch.Tensor:
+    shape = config.shape
+    if not config.host_blocks:
+        return torch.empty(shape.num_layers, 0, shape.num_kv_heads, 2, config.block_size * shape.head_dim, dtype=dtype)
     try:
-        return _native.HostMemory(max(1, num_bytes), touch_cpus=touch_cpus)
+        return allocate_host_kv(
+            num_layers=shape.num_layers,
+            num_blocks=config.host_blocks,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            block_size=config.block_size,
+            dtype=dtype,
+            # A GPU pins the pages, which takes several times as long where they are not there yet.
+            touch_cpus=config.worker_cpus if config.device == "cuda" else (),
+        )
     except MemoryError as error:
+        num_bytes = config.host_blocks * config.block_size * shape.kv_bytes_per_token(config.dtype)
         raise HostMemoryError(
             f"the system does not give {num_bytes / 2**30:.1f} GiB for the host tier ({error}); "
             "ask for less with --host-memory"

@@ -38,24 +38,34 @@ class Linear(Protocol):
         """Output projection and MLP."""
 
 
+_NOTHING = torch.empty(0)
+
+
 class EagerLinear:
-    """`Linear`, enqueued kernel by kernel, in tensors of the lap's own."""
+    """`Linear`, enqueued kernel by kernel, in tensors of the lap's own, each given back once nobody reads it."""
 
     def __init__(self, model: Decoder) -> None:
         self._model = model
-        self._positions_T = torch.empty(0)
-        self.x_TE = self.residual_TE = self.qkv_TCD = self.attn_THD = torch.empty(0)
+        self._positions_T = _NOTHING
+        self.x_TE = self.residual_TE = self.qkv_TCD = self.attn_THD = _NOTHING
 
     def embed(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> None:
-        shape = self._model.shape
         self._positions_T = positions_T
         self.x_TE = self._model.embed(token_ids_T)
-        self.attn_THD = self.x_TE.new_empty((len(token_ids_T), shape.num_query_heads, shape.head_dim))
 
     def pre(self, layer: int) -> None:
         residual_TE = self.residual_TE if layer else None
         decoder_layer = self._model.layers[layer]
         self.qkv_TCD, self.residual_TE = decoder_layer.before_attention(self.x_TE, residual_TE, self._positions_T)
+        self.x_TE = _NOTHING
+        num_rows, _, head_dim = self.qkv_TCD.shape
+        self.attn_THD = self.qkv_TCD.new_empty((num_rows, self._model.shape.num_query_heads, head_dim))
 
     def post(self, layer: int) -> None:
-        self.x_TE, self.residual_TE = self._model.layers[layer].after_attention(self.attn_THD, self.residual_TE)
+        self.qkv_TCD = _NOTHING
+        self.x_TE, self.residual_TE = self._model.layers[layer].after_attention(self._take_attn(), self.residual_TE)
+
+    def _take_attn(self) -> torch.Tensor:
+        """What attention wrote, which is then the taker's alone."""
+        attn_THD, self.attn_THD = self.attn_THD, _NOTHING
+        return attn_THD

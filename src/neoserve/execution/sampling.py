@@ -13,7 +13,7 @@ sorted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,7 +23,9 @@ from neoserve.core.request import Request
 from neoserve.execution.noise import gumbel_noise, mix64, row_keys
 
 MIN_TEMPERATURE = 1e-5  # below it, dividing could overflow
-DRAW_ELEMENTS = 2**22  # rows are drawn in groups of about so many logits, to bound scratch memory at 128 MiB
+DRAW_ELEMENTS = 2**21  # rows are drawn in groups of about so many logits, to bound scratch memory at 128 MiB
+_IN_PROMPT, _GENERATED, _MOST = 1, 2, 2**15 - 2
+"""What `SamplingState` keeps of a token: a bit, so much for each time that it was generated, and where that ends."""
 
 _SLOT = np.dtype(
     [
@@ -56,6 +58,10 @@ class Penalties:
     presence_B1: torch.Tensor
     frequency_B1: torch.Tensor
 
+    def rows(self, rows: slice) -> Penalties:
+        """Of some rows."""
+        return Penalties(self.repetition_B1[rows], self.presence_B1[rows], self.frequency_B1[rows])
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -73,6 +79,10 @@ class Draw:
     num_candidates: int
     has_min_p: bool
 
+    def rows(self, rows: slice) -> Draw:
+        """Of some rows."""
+        return replace(self, keys_B=self.keys_B[rows], columns_B5=self.columns_B5[rows])
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
@@ -87,16 +97,9 @@ class SamplingBatch:
     draw: Draw | None
 
 
-@dataclass(frozen=True, slots=True)
-class TokenCounts:
-    """What penalties look at: how often each token was generated (int32), and whether it is in the prompt (bool)."""
-
-    generated_SV: torch.Tensor
-    prompt_SV: torch.Tensor
-
-
 class SamplingState:
-    """The sampling parameters of the sequences in each slot, and their token counts on the device.
+    """The sampling parameters of the sequences in each slot, and on the device what penalties look at: `tokens_SV`,
+    int16, whether each token is in the prompt and how often it was generated.
 
     Used from the device's stream only. seed: of the engine; requests without a seed of their own get one derived from
     it and from how many came before.
@@ -110,8 +113,13 @@ class SamplingState:
         self._stop_ids: dict[int, np.ndarray] = {}
         self._engine_seed = _seed64(seed)
         self._num_unseeded = 0
-        # Allocated for the first request with penalties, which most engines never see: 5 bytes x slots x vocabulary.
-        self._counts: TokenCounts | None = None
+        # Allocated for the first request with penalties, which most engines never see.
+        self._tokens_SV: torch.Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the device that is kept from the first request with penalties on."""
+        return self._tokens_SV.nbytes if self._tokens_SV is not None else 0
 
     def add(self, slot: int, request: Request, generated_ids: Sequence[int] = ()) -> None:
         """Begin a sequence in `slot`, whatever was there before. `generated_ids`: its output so far, if any.
@@ -158,14 +166,25 @@ class SamplingState:
         """`ids_B`, int64, of float32 logits, which stay as they are. Counts the tokens where a row has penalties."""
         if batch.additions is not None:
             logits_BV = logits_BV.scatter_add(1, batch.additions.ids_BW, batch.additions.values_BW)
+        if batch.penalties is None and batch.draw is None:
+            return logits_BV.argmax(-1)
+        ids_B = torch.empty(len(logits_BV), dtype=torch.int64, device=logits_BV.device)
+        group = max(1, DRAW_ELEMENTS // logits_BV.shape[1])
+        for first in range(0, len(logits_BV), group):
+            rows = slice(first, first + group)
+            ids_B[rows] = self._sample_rows(logits_BV[rows], batch, rows)
+        return ids_B
+
+    def _sample_rows(self, logits_BV: torch.Tensor, batch: SamplingBatch, rows: slice) -> torch.Tensor:
+        """`ids_B` of some rows of a batch, with scratch memory in proportion to them."""
+        places = batch.slots_B[rows]
         if batch.penalties is not None:
-            assert self._counts is not None
-            generated_BV = self._counts.generated_SV[batch.slots_B]
-            logits_BV = penalise(logits_BV, self._counts.prompt_SV[batch.slots_B], generated_BV, batch.penalties)
-        ids_B = logits_BV.argmax(-1) if batch.draw is None else draw(logits_BV, batch.draw)
-        if batch.penalties is not None and self._counts is not None:
-            ones_B = torch.ones_like(ids_B, dtype=torch.int32)
-            self._counts.generated_SV.index_put_((batch.slots_B, ids_B), ones_B, accumulate=True)
+            assert self._tokens_SV is not None
+            logits_BV = penalise(logits_BV, self._tokens_SV[places], batch.penalties.rows(rows))
+        ids_B = logits_BV.argmax(-1) if batch.draw is None else draw(logits_BV, batch.draw.rows(rows))
+        if batch.penalties is not None and self._tokens_SV is not None:
+            tokens_B = self._tokens_SV[places, ids_B]
+            self._tokens_SV[places, ids_B] = torch.where(tokens_B < _MOST, tokens_B + _GENERATED, tokens_B)
         return ids_B
 
     def _next_seed(self) -> int:
@@ -176,15 +195,13 @@ class SamplingState:
         return (ids >= 0) & (ids < self._vocab_size)
 
     def _begin_counts(self, slot: int, prompt_ids: Sequence[int], generated_ids: Sequence[int]) -> None:
-        if self._counts is None:
+        if self._tokens_SV is None:
             size = (len(self._slots), self._vocab_size)
-            self._counts = TokenCounts(
-                torch.zeros(size, dtype=torch.int32, device=self._device),
-                torch.zeros(size, dtype=torch.bool, device=self._device),
-            )
+            self._tokens_SV = torch.zeros(size, dtype=torch.int16, device=self._device)
         ids, counts = np.unique(np.array(generated_ids, np.int64), return_counts=True)
-        self._counts.generated_SV[slot].zero_()[self._upload(ids)] = self._upload(counts.astype(np.int32))
-        self._counts.prompt_SV[slot].zero_()[self._upload(np.unique(np.array(prompt_ids, np.int64)))] = True
+        tokens_V = self._tokens_SV[slot].zero_()
+        tokens_V[self._upload(ids)] = self._upload(np.minimum(_GENERATED * counts, _MOST).astype(np.int16))
+        tokens_V[self._upload(np.unique(np.array(prompt_ids, np.int64)))] += _IN_PROMPT
 
     def _additions(self, slots: np.ndarray, num_generated: np.ndarray) -> Additions | None:
         rows: list[tuple[np.ndarray, np.ndarray]] = []
@@ -245,28 +262,22 @@ def _seed64(seed: int) -> int:
     return seed % 2**64
 
 
-def penalise(
-    logits_BV: torch.Tensor, prompt_BV: torch.Tensor, generated_BV: torch.Tensor, penalties: Penalties
-) -> torch.Tensor:
+def penalise(logits_BV: torch.Tensor, tokens_BV: torch.Tensor, penalties: Penalties) -> torch.Tensor:
     """Logits with penalties: repetition for tokens of prompt or output, the others for tokens of the output only."""
+    generated_BV = tokens_BV // _GENERATED
     was_generated_BV = generated_BV > 0
     repetition_B1 = penalties.repetition_B1
     repeated_BV = torch.where(logits_BV > 0, logits_BV / repetition_B1, logits_BV * repetition_B1)
-    logits_BV = torch.where(was_generated_BV | prompt_BV, repeated_BV, logits_BV)
+    logits_BV = torch.where(tokens_BV > 0, repeated_BV, logits_BV)
     return logits_BV - penalties.frequency_B1 * generated_BV - penalties.presence_B1 * was_generated_BV
 
 
 def draw(logits_BV: torch.Tensor, how: Draw) -> torch.Tensor:
     """`ids_B` drawn from the softmax of each row's candidates: the argmax of their scores with Gumbel noise."""
-    num_rows, vocab_size = logits_BV.shape
-    ids_B = torch.empty(num_rows, dtype=torch.int64, device=logits_BV.device)
-    group = max(1, DRAW_ELEMENTS // vocab_size)
-    for rows in (slice(first, first + group) for first in range(0, num_rows, group)):
-        noise_weight_B1, temperature_B1, *limits = how.columns_B5[rows].chunk(5, dim=1)
-        scores_BV = restrict(logits_BV[rows] / temperature_B1, how, *limits)
-        scores_BV += noise_weight_B1 * gumbel_noise(how.keys_B[rows], vocab_size)
-        torch.argmax(scores_BV, -1, out=ids_B[rows])
-    return ids_B
+    noise_weight_B1, temperature_B1, *limits = how.columns_B5.chunk(5, dim=1)
+    scores_BV = restrict(logits_BV / temperature_B1, how, *limits)
+    scores_BV += noise_weight_B1 * gumbel_noise(how.keys_B, logits_BV.shape[1])
+    return scores_BV.argmax(-1)
 
 
 def restrict(

@@ -153,7 +153,7 @@ class Ops(ABC):
 
     @abstractmethod
     def silu_and_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
-        """silu(first half of the last dimension) * second half."""
+        """silu(first half of the last dimension) * second half; may be in place, a view of its first half."""
 
     @abstractmethod
     def plan_attention(self, batch: PagedBatch, *, decode: bool) -> PagedAttention:

@@ -1,4 +1,4 @@
-"""The operations of a decoder layer on an NVIDIA GPU, by FlashInfer.
+"""The operations of a decoder layer on an NVIDIA GPU, by FlashInfer where it has them.
 
 FlashInfer compiles each kernel at its first use (tens of seconds, then cached on disk).
 
@@ -9,11 +9,13 @@ P tokens per block, L layers, X = 2KPD values of a host block.
 from __future__ import annotations
 
 import weakref
+from typing import ClassVar
 
 import torch
 
 from neoserve.core.config import ModelShape
 from neoserve.core.errors import ConfigError, UnsupportedModelError
+from neoserve.kernels.activation import silu_and_mul_in_place
 from neoserve.kernels.base import DecodePlans, Ops, PagedAttention, PagedBatch
 from neoserve.kernels.block_copy import copy_blocks
 from neoserve.kernels.flashinfer_setup import flashinfer
@@ -28,6 +30,9 @@ class FlashInferOps(Ops):
     Raises `UnsupportedModelError` for a head dim that the kernels lack, `ConfigError` for float32.
     """
 
+    _decodes: ClassVar[bool] = True
+    """Whether FlashInfer decodes, and needs memory for that."""
+
     def __init__(self, shape: ModelShape, dtype: torch.dtype, block_size: int, device: torch.device) -> None:
         if shape.head_dim not in HEAD_DIMS:
             raise UnsupportedModelError(
@@ -37,7 +42,7 @@ class FlashInferOps(Ops):
             raise ConfigError(f"dtype {dtype} cannot run on a GPU here; expected bfloat16 or float16")
         self._geometry = PagedGeometry(shape.num_query_heads, shape.num_kv_heads, shape.head_dim, block_size, dtype)
         self._device = device
-        self._workspace = self._geometry.workspace(device)
+        self._workspace = self._geometry.workspace(device, decode=self._decodes)
         self._idle: dict[bool, list[Planner]] = {False: [], True: []}
 
     def rms_norm(self, x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
@@ -54,8 +59,7 @@ class FlashInferOps(Ops):
         flashinfer.apply_rope_with_cos_sin_cache_inplace(positions_T, q_THD, k_TKD, q_THD.shape[-1], cache_PD)
 
     def silu_and_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
-        activated: torch.Tensor = flashinfer.silu_and_mul(gate_up_T2F)
-        return activated
+        return silu_and_mul_in_place(gate_up_T2F)
 
     def plan_attention(self, batch: PagedBatch, *, decode: bool) -> PagedAttention:
         """As `Ops.plan_attention`. A plan's buffers serve another lap once the returned object is dropped."""

@@ -9,5 +9,6 @@ import os
 os.environ.setdefault("FLASHINFER_USE_CUDA_NORM", "1")
 
 import flashinfer
+from flashinfer.utils import is_sm90a_supported
 
-__all__ = ["flashinfer"]
+__all__ = ["flashinfer", "is_sm90a_supported"]

@@ -26,6 +26,8 @@ _ATTENTION_PROGRAMS = 4
 class FusedOps(FlashInferOps):
     """`FlashInferOps`, faster for few rows. Compute capability 8.0 on."""
 
+    _decodes = False
+
     def __init__(self, shape: ModelShape, dtype: torch.dtype, block_size: int, device: torch.device) -> None:
         super().__init__(shape, dtype, block_size, device)
         properties = torch.cuda.get_device_properties(device)
@@ -92,4 +94,4 @@ class FusedOps(FlashInferOps):
 
     def _partial_sums(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
         share = split(len(x_TK), weight_NK, self._gpu)
-        return partial_sums(x_TK, weight_NK, share, dependent=self._dependent)
+        return partial_sums(x_TK.contiguous(), weight_NK, share, dependent=self._dependent)

@@ -9,13 +9,13 @@ Shape letters: T rows, H query heads, K kv heads, D head dim, N blocks, P tokens
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from neoserve.kernels.base import PagedBatch
-from neoserve.kernels.flashinfer_setup import flashinfer
+from neoserve.kernels.flashinfer_setup import flashinfer, is_sm90a_supported
 from neoserve.kernels.paged_arrays import PagedArrays, bucket_size, buffer_size, fill, pad_decode, views
 
 _LAYOUT = "HND"
@@ -24,8 +24,9 @@ _CUDA_CORE_GROUPS = (1, 2, 3)
 _LARGEST_BUCKET = 128
 """Sequences of the largest decode graph; what the workspace must hold partial results for."""
 _PREFILL_TILE = 128
+_ALIGNMENT_BYTES = 256
 _INT_WORKSPACE_BYTES = 2**20
-"""Of one set of buckets: a few arrays of an int32 for each thread block, far below this."""
+"""Of one set of buckets, and of a plan of few rows: a few arrays of an int32 for each thread block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +44,17 @@ class PagedGeometry:
         """Whether decode runs on tensor cores; every GQA group size can, only some can without."""
         return self.num_query_heads // self.num_kv_heads not in _CUDA_CORE_GROUPS
 
-    def workspace(self, device: torch.device) -> torch.Tensor:
+    def workspace(self, device: torch.device, *, decode: bool) -> torch.Tensor:
         """Memory for the partial results of split sequences, shared by all plans: their runs are in one stream.
+
+        decode: whether decodes are among them; FlashAttention 3 splits no prompt.
 
         FlashInfer splits work into at most two thread blocks a multiprocessor, except that a captured decode counts
         as many tiles as its rows could take, whatever sequences they belong to; each has fp32 results and a
         log-sum-exp for a tile of rows.
         """
+        if not decode and prefill_backend(device) == "fa3":
+            return torch.zeros(_ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
         properties = torch.cuda.get_device_properties(device)
         blocks = -(-2 * properties.multi_processor_count // self.num_kv_heads)
         group = self.num_query_heads // self.num_kv_heads
@@ -59,6 +64,18 @@ class PagedGeometry:
         num_bytes = 4 * rows * self.num_query_heads * (self.head_dim + 1) + 2**20
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
 
+    def plan_bytes(self, batch: PagedBatch) -> int:
+        """More than a plan's arrays take: seven int32 for each query head's tile of a sequence's rows, or for each tile
+        of rows and heads together."""
+        tiles = batch.num_rows // _PREFILL_TILE + batch.num_sequences + 1
+        group = self.num_query_heads // self.num_kv_heads
+        return 32 * self.num_query_heads * tiles + 8 * batch.num_rows * (group + 1) + _INT_WORKSPACE_BYTES // 4
+
+
+def prefill_backend(device: torch.device) -> Literal["fa2", "fa3"]:
+    """Which of FlashInfer's prefill kernels the GPU runs."""
+    return "fa3" if is_sm90a_supported(device) else "fa2"
+
 
 class Planner:
     """One of FlashInfer's wrappers, planned for one batch after another."""
@@ -67,6 +84,8 @@ class Planner:
         self._geometry = geometry
         self._device = workspace.device
         self._decode = decode
+        self._workspace = workspace
+        self._plan_bytes = 0
         self._copied = torch.cuda.Event()
         self.wrapper: Any
         if decode:
@@ -74,11 +93,13 @@ class Planner:
                 workspace, _LAYOUT, use_tensor_cores=geometry.tensor_core_decode
             )
         else:
-            self.wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, _LAYOUT)
+            backend = prefill_backend(self._device)
+            self.wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, _LAYOUT, backend=backend)
 
     def plan(self, batch: PagedBatch) -> PagedArrays:
         """Plan the wrapper; returns the batch's arrays on the device."""
         self._copied.synchronize()
+        self._make_room(self._geometry.plan_bytes(batch))
         sizes = (batch.num_sequences, batch.num_rows, len(batch.block_ids))
         pinned = torch.empty(buffer_size(*sizes), dtype=torch.int32, pin_memory=True)
         host = views(pinned, *sizes)
@@ -103,6 +124,13 @@ class Planner:
             )
         self._copied.record()
         return device
+
+    def _make_room(self, num_bytes: int) -> None:
+        """In place of the 8 MiB that FlashInfer takes for each wrapper's plan."""
+        if num_bytes > self._plan_bytes:
+            self._plan_bytes = max(_INT_WORKSPACE_BYTES, 1 << (num_bytes - 1).bit_length())
+            buffer = torch.empty(self._plan_bytes, dtype=torch.uint8, device=self._device)
+            self.wrapper.reset_workspace_buffer(self._workspace, buffer)
 
 
 class PlannedAttention:

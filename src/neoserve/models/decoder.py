@@ -62,7 +62,9 @@ class DecoderLayer:
         x_TE = ops.linear_add_rms_norm(
             attn_THD.flatten(-2), weights.output, weights.output_bias, residual_TE, weights.post_norm_E, eps
         )
+        del attn_THD  # what is no longer read need not lie beside the MLP's activations, the widest of all
         h_TF = ops.linear_silu_and_mul(x_TE, weights.gate_up, weights.gate_up_bias)
+        del x_TE
         x_TE = ops.linear_add_rms_norm(h_TF, weights.down, weights.down_bias, residual_TE, self.next_norm_E, eps)
         return x_TE, residual_TE
 

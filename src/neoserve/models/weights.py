@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -50,6 +50,16 @@ class DecoderWeights:
     layers: tuple[LayerWeights, ...]
     final_norm_E: torch.Tensor
     head_VE: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all tensors."""
+        tensors = [self.embedding_VE, self.final_norm_E]
+        tensors += [] if self.head_VE is self.embedding_VE else [self.head_VE]
+        for layer in self.layers:
+            values = (getattr(layer, field.name) for field in fields(layer))
+            tensors += [value for value in values if value is not None]
+        return sum(tensor.nbytes for tensor in tensors)
 
 
 def load_weights(spec: ModelSpec, path: Path, dtype: torch.dtype, device: torch.device) -> DecoderWeights:

@@ -201,7 +201,7 @@ class Kind(enum.Enum):
 class Price:
     """What an iteration is predicted to take. Times in microseconds.
 
-    total_us: with the correction from earlier iterations of its kind; table_us: by the table alone.
+    total_us: with the correction from earlier iterations of its kind; table_us: without it.
     device_us: the device's stages without waiting. host_us: the worker pool's tasks. launch_us: enqueueing.
     """
 
@@ -213,19 +213,34 @@ class Price:
     launch_us: float
 
 
-class CostModel:
-    """Prices iterations, and learns from what they took."""
+class Correction:
+    """A factor that follows what was measured over what the table said."""
 
-    _WEIGHT = 0.1  # of a new observation in the correction of its kind
-    _STEP = 1.5  # an observation counts as at most this far from the present correction: outliers are rare and huge
-    _RANGE = 4.0  # corrections stay within 1/4 .. 4, so that no kind of iteration is ever given up for good
+    _WEIGHT = 0.1  # of a new observation
+    _STEP = 1.5  # an observation counts as at most this far from the present factor: outliers are rare and huge
+    _RANGE = 4.0  # factors stay within 1/4 .. 4, so that no kind of iteration is ever given up for good
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+
+    def observe(self, ratio: float) -> None:
+        """One measured time over the table's."""
+        old = self.factor
+        seen = min(max(ratio, old / self._STEP), old * self._STEP)
+        self.factor = min(max(old * (seen / old) ** self._WEIGHT, 1 / self._RANGE), self._RANGE)
+
+
+class CostModel:
+    """Prices iterations, and learns what they take: a factor for each kind of them, and one for the worker pool."""
+
     _WINDOW = 256
 
     def __init__(self, table: CostTable, shape: ModelShape) -> None:
         self.table = table
         self._num_layers = shape.num_layers
         self._pre_share = shape.pre_parameters / shape.layer_parameters
-        self._correction = dict.fromkeys(Kind, 1.0)
+        self._correction = {kind: Correction() for kind in Kind}
+        self._host_correction = Correction()
         self._costs_of = lru_cache(maxsize=64)(self.stage_costs)  # candidates of an iteration share most loads
         self._errors: deque[float] = deque(maxlen=self._WINDOW)
 
@@ -248,7 +263,7 @@ class CostModel:
             pipelined=any(span.has_host for span in program_spans),
             prefill=any(loads[span.sub_batch].prefill_rows for span in program_spans),
         )
-        return Price(kind, table_us * self._correction[kind], table_us, device_us, host_us, launch_us)
+        return Price(kind, table_us * self._correction[kind].factor, table_us, device_us, host_us, launch_us)
 
     def host_lap_us(self, load: Load) -> float:
         """Time of the worker pool for a lap of the load's host rows."""
@@ -262,10 +277,10 @@ class CostModel:
         return self._num_layers * ((y1 - y0) / (x1 - x0) if x1 > x0 else y1 / max(1.0, x1))
 
     def efficient_rows(self) -> int:
-        """The fewest rows at which a row costs at most a quarter more than among very many."""
+        """The fewest rows at which a row costs at most a tenth more than among very many."""
         row_us = self.prefill_row_us() / self._num_layers
         rows = 64
-        while rows < 8192 and self.table.linear.at(rows) > 1.25 * row_us * rows:
+        while rows < 8192 and self.table.linear.at(rows) > 1.1 * row_us * rows:
             rows *= 2
         return rows
 
@@ -274,10 +289,14 @@ class CostModel:
         if measured_us <= 0 or price.table_us <= 0:
             return
         self._errors.append(abs(price.total_us - measured_us) / measured_us)
-        old = self._correction[price.kind]
-        seen = min(max(measured_us / price.table_us, old / self._STEP), old * self._STEP)
-        new = old * (seen / old) ** self._WEIGHT
-        self._correction[price.kind] = min(max(new, 1 / self._RANGE), self._RANGE)
+        self._correction[price.kind].observe(measured_us / price.table_us)
+
+    def observe_host(self, predicted_us: float, measured_us: float) -> None:
+        """Compare what `host_lap_us` said with what the worker pool took, and correct later prices of its tasks."""
+        if measured_us <= 0 or predicted_us <= 0:
+            return
+        self._host_correction.observe(measured_us / predicted_us * self._host_correction.factor)
+        self._costs_of.cache_clear()
 
     def stage_costs(self, load: Load) -> StageCosts:
         table = self.table
@@ -303,7 +322,8 @@ class CostModel:
         if not load.host_rows:
             return 0.0
         table = self.table
-        return table.host_task_us + load.host_tokens * table.host_us_per_token + load.host_rows * table.host_us_per_row
+        us = table.host_task_us + load.host_tokens * table.host_us_per_token + load.host_rows * table.host_us_per_row
+        return us * self._host_correction.factor
 
     def _device_us(self, span: Span, costs: StageCosts) -> float:
         """Time in which the device works on a span."""

@@ -129,7 +129,7 @@ class Scheduler:
         assert done.plan is plan, f"iteration {plan.iteration} is committed, {done.plan.iteration} is the oldest"
         if result.error is None:
             if done.price is not None:
-                self._observe(done.price, result)
+                self._observe(done, done.price, result)
             events = self._outcome.take_tokens(done, result.tokens)
         else:
             self._num_failed += 1
@@ -331,8 +331,10 @@ class Scheduler:
         self._sub_batch_rows = (rows.get(0, 0), rows.get(1, 0))
         return plan
 
-    def _observe(self, price: Price, result: IterationResult) -> None:
+    def _observe(self, done: OpenIteration, price: Price, result: IterationResult) -> None:
         self._cost.observe(price, result.elapsed_us)
+        ended = [lap.load for lap in done.laps if lap.has_host and lap.sub_batch in done.plan.ends]
+        self._cost.observe_host(sum(map(self._cost.host_lap_us, ended)), result.host_busy_us)
         self._predicted_us = (self._predicted_us[0] + price.total_us, price.total_us)
         self._measured_us = (self._measured_us[0] + result.elapsed_us, result.elapsed_us)
         self._host_busy_us += result.host_busy_us

@@ -135,15 +135,15 @@ class Splitter:
         return (self._advance_lap if pricing.work.lap else self._begin_lap)(pricing, prefill_rows)
 
     def pays(self, reference: Load, device: Load, host: Load, prompt_rows: int) -> bool:
-        """Whether laps of these host rows beside these device rows beat device-only by far, at least while there are
-        prompts to compute: then the second read of the weights costs little. Such prompts have `prompt_rows` rows."""
+        """Whether laps of these host rows beside these device rows beat device-only by far, with a prompt of
+        `prompt_rows` rows to compute and without: who enters has to be served on when there are no more prompts."""
         for chunks in ((), (Chunk(Tier.HOST, 0, prompt_rows, samples=True),)):
             pricing = self._pricing(Work(reference, device, chunks, (), host, 0, must_run_host=False))
             rows = prompt_rows if chunks else 0
             pipelined = self._best_ratio(pricing, rows)
-            if pipelined and pipelined.rate > self._policy.entry_gain * pricing.device_only_rate(rows):
-                return True
-        return False
+            if not pipelined or pipelined.rate <= self._policy.entry_gain * pricing.device_only_rate(rows):
+                return False
+        return True
 
     def host_lap_limit_us(self, device: Load) -> float:
         """How long the worker pool may take for a lap of all host sequences, for them to keep their interval."""
@@ -223,13 +223,14 @@ class Splitter:
         """
         work = pricing.work
         begin = 0 if work.lap else len(work.host_tokens)
-        whole = pricing.price((prefill_rows, 0), 0, begin, self._steps(1, work.lap_step))
+        left = self._steps(1, work.lap_step)
+        whole = pricing.price((prefill_rows, 0), 0, begin, left)
         best = whole if self._meets_target(whole) else None
-        tried = {whole.lap_steps}
+        even_steps = self._even_steps(pricing, prefill_rows, whole, left)
+        tried = {left}
         for ratio in self._ratios[1:]:
             steps = self._steps(ratio, work.lap_step)
-            hidden = ratio * whole.price.device_us / max(1.0, whole.price.host_us)
-            is_wanted = 0.4 < hidden < 3.0 or self._target_us is not None or ratio == self._ratios[-1]
+            is_wanted = 0.4 < steps / even_steps < 2.5 or self._target_us is not None or ratio == self._ratios[-1]
             if steps in tried or not is_wanted:
                 continue
             tried.add(steps)
@@ -237,6 +238,14 @@ class Splitter:
             if self._meets_target(choice) and (best is None or choice.rate > best.rate):
                 best = choice
         return best
+
+    def _even_steps(self, pricing: _Pricing, prefill_rows: int, whole: Choice, steps: int) -> float:
+        """Steps of the host lap whose attention takes as long as the device works meanwhile, by a price of `steps`."""
+        if not (pricing.work.device.rows or prefill_rows):
+            return steps
+        alone_us = pricing.price((prefill_rows, 0), 0, 0, 0).price.device_us
+        added_us = whole.price.device_us - alone_us
+        return steps * alone_us / max(1.0, whole.price.host_us - added_us)
 
     def _steps(self, ratio: int, step: int) -> int:
         """Steps of one part in `ratio` of a lap; the rest of it when less than half as much would be left."""

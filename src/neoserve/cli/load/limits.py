@@ -12,7 +12,7 @@ from neoserve.device.base import Device
 from neoserve.engine.core import EngineCore
 from neoserve.engine.telemetry import Iteration, Part
 
-# Far more than the caches hold, far less than an engine leaves free beside its pools.
+# Far more than the caches hold.
 _READ_BYTES = {"cuda": 2**29, "cpu": 2**27}
 _MATRIX_ROWS = {"cuda": 8192, "cpu": 512}
 _ATTEMPTS = 5
@@ -29,12 +29,19 @@ class Ceilings:
 
     @classmethod
     def measure(cls, core: EngineCore) -> Ceilings:
-        """Takes under a second on a GPU; nothing may be running."""
-        device, dtype = core.device, getattr(torch, core.info.config.dtype)
-        pool, num_bytes = core.worker_pool, _READ_BYTES[device.torch_device.type]
+        """Takes under a second on a GPU; nothing may be running.
+
+        A large model's weights serve as the values: its engine may leave no room for others.
+        """
+        device, pool = core.device, core.worker_pool
+        num_bytes = _READ_BYTES[device.torch_device.type]
+        values = core.weights.embedding_VE.flatten()
+        if values.nbytes < num_bytes:
+            values = torch.randn(num_bytes // values.itemsize, dtype=values.dtype, device=values.device)
+            device.synchronise()
         return cls(
-            _read_gb_per_s(device, num_bytes),
-            _matrix_tflop_per_s(device, dtype, _MATRIX_ROWS[device.torch_device.type]),
+            _read_gb_per_s(device, values.view(torch.float32)[: num_bytes // 4]),
+            _matrix_tflop_per_s(device, values, _MATRIX_ROWS[device.torch_device.type]),
             pool.read_bandwidth(num_bytes) if pool is not None else 0.0,
         )
 
@@ -52,17 +59,14 @@ def _best_us(device: Device, work: Callable[[], object]) -> float:
     return min(times)
 
 
-def _read_gb_per_s(device: Device, num_bytes: int) -> float:
-    """The better of two ways: to read all, and to copy one half to the other."""
-    values = torch.zeros(2, num_bytes // 8, device=device.torch_device)
-    reduce_us = _best_us(device, lambda: values.view(-1, 2**15).amax(1))
-    copy_us = _best_us(device, lambda: values[0].copy_(values[1]))
-    return num_bytes / min(reduce_us, copy_us) / 1e3
+def _read_gb_per_s(device: Device, values: torch.Tensor) -> float:
+    rows = values.view(-1, 2**15)
+    us = min(_best_us(device, lambda: rows.amax(1)), _best_us(device, lambda: rows.sum(1)))
+    return values.nbytes / us / 1e3
 
 
-def _matrix_tflop_per_s(device: Device, dtype: torch.dtype, num_rows: int) -> float:
-    left = torch.randn(num_rows, num_rows, device=device.torch_device, dtype=dtype)
-    right = torch.randn(num_rows, num_rows, device=device.torch_device, dtype=dtype)
+def _matrix_tflop_per_s(device: Device, values: torch.Tensor, num_rows: int) -> float:
+    left, right = values[: 2 * num_rows**2].view(2, num_rows, num_rows)
     return 2 * num_rows**3 / _best_us(device, lambda: left @ right.T) / 1e6
 
 
