@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ import openai
 import psutil
 import pytest
 
+from neoserve.engine.connection import EngineProcess
 from tests.server.running import BOTH_TIERS, RunningServer, neo
 
 LONG = {"prompt": "1, ", "max_tokens": 450, "ignore_eos": True, "temperature": 0}
@@ -87,7 +90,10 @@ def test_ctrl_c_while_loading_ends_both_processes_without_a_traceback(tmp_path: 
     log = tmp_path / "log"
     with log.open("wb") as stream:
         server = subprocess.Popen(
-            [sys.executable, "-m", "neoserve.cli.main", "serve", "--port", "0"], stdout=stream, stderr=stream
+            [sys.executable, "-m", "neoserve.cli.main", "serve", "--port", "0"],
+            stdout=stream,
+            stderr=stream,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells ignore it for background jobs
         )
     children: list[psutil.Process] = []
     while not children:
@@ -97,6 +103,20 @@ def test_ctrl_c_while_loading_ends_both_processes_without_a_traceback(tmp_path: 
     assert server.wait(timeout=30) != 0
     assert psutil.wait_procs(children, timeout=5)[1] == []
     assert "Traceback" not in log.read_text()
+
+
+def test_a_start_that_is_cancelled_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    async def cancelled() -> None:
+        start = asyncio.ensure_future(EngineProcess.spawn())
+        await asyncio.sleep(0)
+        start.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await start
+
+    asyncio.run(cancelled())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_server_on_the_same_port_says_so_at_once() -> None:

@@ -36,9 +36,13 @@ class EngineProcess:
         socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
         socket.set_hwm(0)
         socket.bind(address)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "neoserve.engine.process", address, stdin=asyncio.subprocess.PIPE
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "neoserve.engine.process", address, stdin=asyncio.subprocess.PIPE
+            )
+        except BaseException:
+            _clean_up(socket, directory)
+            raise
         return cls(process, socket, directory)
 
     def send(self, message: ToEngine) -> None:
@@ -77,5 +81,9 @@ class EngineProcess:
                 log.warning("the engine process did not stop within %g s and is killed", _STOP_S)
                 self.kill()
                 await self.process.wait()
-        self._socket.close(linger=0)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        _clean_up(self._socket, self._directory)
+
+
+def _clean_up(socket: zmq.asyncio.Socket, directory: Path) -> None:
+    socket.close(linger=0)
+    shutil.rmtree(directory, ignore_errors=True)
