@@ -29,6 +29,7 @@ from neoserve.scheduling.cost import CostTable, Curve
 
 REPEATS = 5
 CHAINED = 16
+"""Tasks of the worker pool, or hand-offs, measured one after the other."""
 LINEAR_ROWS = (1, 16, 64, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 MAX_RECORDED_ROWS = 256
 SUSTAINED_S = 0.2
