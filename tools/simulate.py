@@ -1,0 +1,125 @@
+"""Run the scheduler without an engine: what it would choose for a workload, and how long that would take.
+
+    python tools/simulate.py llama-3.1-70b --costs ~/.cache/neoserve/costs-....json --device-kv-tokens 20000 \
+        --max-num-batched-tokens 2048 --workload in=1000,out=100,n=300
+
+Iterations take what the cost table says, so this shows decisions, not speeds; `neo bench` measures. The table is one
+that an engine measured at its start and keeps in its cache folder, or rough figures of an H200 with a 16-core Xeon.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict, deque
+from pathlib import Path
+
+from neoserve.cli.load.workload import Workload, WorkloadSpec
+from neoserve.core.config import OffloadMode, ResolvedConfig
+from neoserve.core.plan import IterationPlan, IterationResult, SampledToken
+from neoserve.models.families import parse_config
+from neoserve.models.presets import PRESETS
+from neoserve.scheduling.cost import CostModel, CostTable, Load
+from neoserve.scheduling.scheduler import Scheduler
+
+BLOCK_SIZE = 16
+
+
+class Simulation:
+    """One workload in one offload mode, all requests at the start. Times in seconds of the simulated machine.
+
+    kinds: of each kind of iteration how many there were, their time, and the rows of prompts, device decodes and host
+    decodes that they ended.
+    """
+
+    def __init__(self, config: ResolvedConfig, table: CostTable, workload: Workload) -> None:
+        self._truth = CostModel(table, config.shape)
+        self._scheduler = Scheduler(config, CostModel(table, config.shape))
+        self._open: deque[tuple[IterationPlan, IterationResult]] = deque()
+        self._loads: dict[int, Load] = {}  # of the laps in flight, by sub-batch
+        self.now_s = 0.0
+        self.host_busy_s = 0.0
+        self.ends_s: list[float] = []
+        self.kinds: dict[str, list[float]] = defaultdict(lambda: [0.0] * 5)
+        for request in workload.requests(config.shape.vocab_size, config.seed, "r"):
+            self._scheduler.add(request)
+
+    def run(self) -> None:
+        """To the end, one iteration planned ahead of the one that runs, as the engine does."""
+        while self._scheduler.has_work:
+            plan = self._scheduler.plan_iteration()
+            if plan is not None:
+                self._launch(plan)
+            if plan is None or len(self._open) > 1:
+                self._commit()
+
+    def _launch(self, plan: IterationPlan) -> None:
+        self._loads.update({sub_batch.index: Load.of(sub_batch) for sub_batch in plan.begins})
+        elapsed_us = host_us = 0.0
+        if plan.spans:
+            price = self._truth.price(plan.spans, self._loads)
+            elapsed_us, host_us = price.total_us, price.host_us
+            counts = self.kinds[price.kind.value]
+            counts[0] += 1
+            counts[1] += elapsed_us / 1e6
+            counts[2] += sum(rows.count for sub_batch in plan.begins for rows in sub_batch.prefill)
+            counts[3] += sum(len(sub_batch.device_decode) for sub_batch in plan.ends)
+            counts[4] += sum(len(sub_batch.host_decode) for sub_batch in plan.ends)
+        self.now_s += elapsed_us / 1e6
+        self.host_busy_s += host_us / 1e6
+        tokens = [
+            SampledToken(rows.request_id, 0 if rows.samples else None) for ended in plan.ends for rows in ended.rows
+        ]
+        busy_us = sum(self._truth.host_lap_us(self._loads[ended.index]) for ended in plan.ends)
+        self._open.append((plan, IterationResult(tuple(tokens), elapsed_us, busy_us)))
+
+    def _commit(self) -> None:
+        for event in self._scheduler.commit(*self._open.popleft()):
+            if event.finish_reason is not None:
+                self.ends_s.append(self.now_s)
+
+    def report(self, mode: str) -> None:
+        """Print the rates, and what the iterations of each kind did."""
+        count = len(self.ends_s)
+        first, last = round(0.3 * (count - 1)), round(0.7 * (count - 1))
+        steady = (last - first) / max(1e-9, self.ends_s[last] - self.ends_s[first])
+        busy = self.host_busy_s / self.now_s
+        print(f"{mode}: {count / self.now_s:.2f} requests/s, steady {steady:.2f}, host tier busy {busy:.0%}")
+        for kind, (number, total_s, prompt_rows, device, host) in sorted(self.kinds.items()):
+            each = f"{1e3 * total_s / number:.1f} ms, rows {prompt_rows / number:.0f}"
+            print(f"  {kind:18}{number:6.0f} x {each} + {device / number:.1f} + {host / number:.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=sorted(PRESETS))
+    parser.add_argument("--costs", type=Path, help="cost table that an engine measured")
+    parser.add_argument("--workload", default="in=1000,out=100,n=300", help="as for neo bench")
+    parser.add_argument("--offload", default="off,auto", help="modes, one after another")
+    parser.add_argument("--device-kv-tokens", type=int, default=20_000)
+    parser.add_argument("--host-kv-tokens", type=int, default=180_000)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
+    parser.add_argument("--max-num-seqs", type=int, default=160)
+    options = parser.parse_args()
+
+    shape = parse_config(PRESETS[options.model], {}, options.model).shape
+    table = CostTable.from_json(options.costs.read_text()) if options.costs else CostTable.rough(shape)
+    workload = WorkloadSpec().parse(options.workload).load(seed=0)
+    modes: dict[str, OffloadMode] = {"off": "off", "auto": "auto", "all": "all"}
+    for mode in options.offload.split(","):
+        max_model_len = workload.longest
+        config = ResolvedConfig(
+            model_name=options.model, shape=shape, dtype="bfloat16", device="cuda", seed=0,
+            max_model_len=max_model_len, max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens, block_size=BLOCK_SIZE, offload=modes[mode],
+            device_blocks=0 if mode == "all" else options.device_kv_tokens // BLOCK_SIZE,
+            host_blocks=0 if mode == "off" else options.host_kv_tokens // BLOCK_SIZE,
+            staging_blocks=-(-max_model_len // BLOCK_SIZE), worker_cpus=(0,), host_deadline_s=1.0,
+            target_tpot_ms=None, target_ttft_ms=None, max_waiting=len(workload.rows), enforce_eager=False,
+        )  # fmt: skip
+        simulation = Simulation(config, table, workload)
+        simulation.run()
+        simulation.report(mode)
+
+
+if __name__ == "__main__":
+    main()
