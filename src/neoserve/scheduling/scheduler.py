@@ -302,10 +302,14 @@ class Scheduler:
         return lap
 
     def _hold(self, lap: Lap) -> None:
-        """The sequences of a lap that goes on are not free for another; those of one planned to its end are."""
+        """The sequences of a lap that goes on are not free for another; those of one planned to its end are.
+
+        It has no say over those that an earlier failure took back: they wait until nothing of them is in flight.
+        """
         goes_on = lap.next_step < self._num_steps
-        for sequence in lap.sequences:
-            sequence.in_lap = goes_on
+        for sequence, epoch in zip(lap.sequences, lap.epochs, strict=True):
+            if sequence.epoch == epoch:
+                sequence.in_lap = goes_on
         if not goes_on:
             self._host_lap = None
 
