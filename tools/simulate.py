@@ -13,9 +13,13 @@ import argparse
 from collections import defaultdict, deque
 from pathlib import Path
 
+from neoserve.cli.load.report import steady_rate
+from neoserve.cli.load.session import Mode
 from neoserve.cli.load.workload import Workload, WorkloadSpec
-from neoserve.core.config import OffloadMode, ResolvedConfig
+from neoserve.core.config import ResolvedConfig
+from neoserve.core.errors import ConfigError
 from neoserve.core.plan import IterationPlan, IterationResult, SampledToken
+from neoserve.engine.core import PIPELINE_DEPTH
 from neoserve.models.families import parse_config
 from neoserve.models.presets import PRESETS
 from neoserve.scheduling.cost import CostModel, CostTable, Load
@@ -37,7 +41,6 @@ class Simulation:
         self._open: deque[tuple[IterationPlan, IterationResult]] = deque()
         self._loads: dict[int, Load] = {}  # of the laps in flight, by sub-batch
         self.now_s = 0.0
-        self.host_busy_s = 0.0
         self.ends_s: list[float] = []
         self.kinds: dict[str, list[float]] = defaultdict(lambda: [0.0] * 5)
         for request in workload.requests(config.shape.vocab_size, config.seed, "r"):
@@ -49,15 +52,15 @@ class Simulation:
             plan = self._scheduler.plan_iteration()
             if plan is not None:
                 self._launch(plan)
-            if plan is None or len(self._open) > 1:
+            if plan is None or len(self._open) == PIPELINE_DEPTH:
                 self._commit()
 
     def _launch(self, plan: IterationPlan) -> None:
         self._loads.update({sub_batch.index: Load.of(sub_batch) for sub_batch in plan.begins})
-        elapsed_us = host_us = 0.0
+        elapsed_us = 0.0
         if plan.spans:
             price = self._truth.price(plan.spans, self._loads)
-            elapsed_us, host_us = price.total_us, price.host_us
+            elapsed_us = price.total_us
             counts = self.kinds[price.kind.value]
             counts[0] += 1
             counts[1] += elapsed_us / 1e6
@@ -65,7 +68,6 @@ class Simulation:
             counts[3] += sum(len(sub_batch.device_decode) for sub_batch in plan.ends)
             counts[4] += sum(len(sub_batch.host_decode) for sub_batch in plan.ends)
         self.now_s += elapsed_us / 1e6
-        self.host_busy_s += host_us / 1e6
         tokens = [
             SampledToken(rows.request_id, 0 if rows.samples else None) for ended in plan.ends for rows in ended.rows
         ]
@@ -79,11 +81,10 @@ class Simulation:
 
     def report(self, mode: str) -> None:
         """Print the rates, and what the iterations of each kind did."""
-        count = len(self.ends_s)
-        first, last = round(0.3 * (count - 1)), round(0.7 * (count - 1))
-        steady = (last - first) / max(1e-9, self.ends_s[last] - self.ends_s[first])
-        busy = self.host_busy_s / self.now_s
-        print(f"{mode}: {count / self.now_s:.2f} requests/s, steady {steady:.2f}, host tier busy {busy:.0%}")
+        rate, steady = len(self.ends_s) / self.now_s, steady_rate(self.ends_s)
+        busy = self._scheduler.stats().host_busy_us_total / 1e6 / self.now_s
+        said = "-" if steady is None else f"{steady:.2f}"
+        print(f"{mode}: {rate:.2f} requests/s, steady {said}, host tier busy {busy:.0%}")
         for kind, (number, total_s, prompt_rows, device, host) in sorted(self.kinds.items()):
             each = f"{1e3 * total_s / number:.1f} ms, rows {prompt_rows / number:.0f}"
             print(f"  {kind:18}{number:6.0f} x {each} + {device / number:.1f} + {host / number:.1f}")
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("model", choices=sorted(PRESETS))
     parser.add_argument("--costs", type=Path, help="cost table that an engine measured")
     parser.add_argument("--workload", default="in=1000,out=100,n=300", help="as for neo bench")
-    parser.add_argument("--offload", default="off,auto", help="modes, one after another")
+    parser.add_argument("--compare", default="off,auto", help="offload modes, as for neo bench")
     parser.add_argument("--device-kv-tokens", type=int, default=20_000)
     parser.add_argument("--host-kv-tokens", type=int, default=180_000)
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
@@ -103,22 +104,26 @@ def main() -> None:
 
     shape = parse_config(PRESETS[options.model], {}, options.model).shape
     table = CostTable.from_json(options.costs.read_text()) if options.costs else CostTable.rough(shape)
-    workload = WorkloadSpec().parse(options.workload).load(seed=0)
-    modes: dict[str, OffloadMode] = {"off": "off", "auto": "auto", "all": "all"}
-    for mode in options.offload.split(","):
-        max_model_len = workload.longest
+    try:
+        workload = WorkloadSpec().parse(options.workload).load(seed=0)
+        modes = [Mode.parse(text) for text in options.compare.split(",")]
+    except ConfigError as error:
+        parser.error(str(error))
+    max_model_len = workload.longest
+    for mode in modes:
+        device_kv_tokens = mode.device_kv_tokens or options.device_kv_tokens
         config = ResolvedConfig(
             model_name=options.model, shape=shape, dtype="bfloat16", device="cuda", seed=0,
             max_model_len=max_model_len, max_num_seqs=options.max_num_seqs,
-            max_num_batched_tokens=options.max_num_batched_tokens, block_size=BLOCK_SIZE, offload=modes[mode],
-            device_blocks=0 if mode == "all" else options.device_kv_tokens // BLOCK_SIZE,
-            host_blocks=0 if mode == "off" else options.host_kv_tokens // BLOCK_SIZE,
+            max_num_batched_tokens=options.max_num_batched_tokens, block_size=BLOCK_SIZE, offload=mode.offload,
+            device_blocks=0 if mode.offload == "all" else device_kv_tokens // BLOCK_SIZE,
+            host_blocks=0 if mode.offload == "off" else options.host_kv_tokens // BLOCK_SIZE,
             staging_blocks=-(-max_model_len // BLOCK_SIZE), worker_cpus=(0,), host_deadline_s=1.0,
             target_tpot_ms=None, target_ttft_ms=None, max_waiting=len(workload.rows), enforce_eager=False,
         )  # fmt: skip
         simulation = Simulation(config, table, workload)
         simulation.run()
-        simulation.report(mode)
+        simulation.report(mode.name)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,8 @@ class Splitter:
             pricing = self._pricing(Work(reference, device, chunks, (), host, 0, must_run_host=False))
             rows = prompt_rows if chunks else 0
             pipelined = self._best_ratio(pricing, rows)
-            if not pipelined or pipelined.rate <= self._policy.entry_gain * pricing.device_only_rate(rows):
+            device_only = pricing.device_only(rows)
+            if not pipelined or (device_only and pipelined.rate <= self._policy.entry_gain * device_only.rate):
                 return False
         return True
 
@@ -177,7 +178,8 @@ class Splitter:
             whole = max(whole, self._best_split(pricing, (half, half)), key=_rate)
         if not pricing.work.device.rows:
             return whole
-        device_only = pricing.price((prefill_rows, 0), 0, 0, 0)
+        device_only = pricing.device_only(prefill_rows)
+        assert device_only is not None
         if pricing.work.must_run_host:
             slowest = pricing.price((prefill_rows, 0), 0, num_host, self._steps(self._policy.slowest_ratio, 0))
             return min((whole, slowest), key=lambda choice: self._lap_costs_us(choice, device_only))
@@ -241,11 +243,11 @@ class Splitter:
 
     def _even_steps(self, pricing: _Pricing, prefill_rows: int, whole: Choice, steps: int) -> float:
         """Steps of the host lap whose attention takes as long as the device works meanwhile, by a price of `steps`."""
-        if not (pricing.work.device.rows or prefill_rows):
+        alone = pricing.device_only(prefill_rows)
+        if alone is None:
             return steps
-        alone_us = pricing.price((prefill_rows, 0), 0, 0, 0).price.device_us
-        added_us = whole.price.device_us - alone_us
-        return steps * alone_us / max(1.0, whole.price.host_us - added_us)
+        added_us = whole.price.device_us - alone.price.device_us
+        return steps * alone.price.device_us / max(1.0, whole.price.host_us - added_us)
 
     def _steps(self, ratio: int, step: int) -> int:
         """Steps of one part in `ratio` of a lap; the rest of it when less than half as much would be left."""
@@ -279,6 +281,7 @@ class _Pricing:
         self._prefill_row_us = prefill_row_us
         self._host_tokens = tuple(accumulate(work.host_tokens, initial=0))
         self._prefill: dict[tuple[int, int], tuple[Load, Load]] = {}
+        self._device_only: dict[int, Choice] = {}
 
     def price(self, prefill_rows: tuple[int, int], num_first: int, num_second: int, lap_steps: int) -> Choice:
         """The candidate with this split; `lap_steps` of a lap in flight, or of one that begins with `num_second`."""
@@ -303,11 +306,13 @@ class _Pricing:
         price = self._cost.price(spans, loads)
         return Choice(prefill_rows, (num_first, num_second), lap_steps, price, worth_us / price.total_us)
 
-    def device_only_rate(self, prefill_rows: int) -> float:
-        """The rate without any host rows; 0 if there is nothing else."""
+    def device_only(self, prefill_rows: int) -> Choice | None:
+        """The candidate without any host rows; `None` if there is nothing else."""
         if not (self.work.device.rows or prefill_rows):
-            return 0.0
-        return self.price((prefill_rows, 0), 0, 0, 0).rate
+            return None
+        if prefill_rows not in self._device_only:
+            self._device_only[prefill_rows] = self.price((prefill_rows, 0), 0, 0, 0)
+        return self._device_only[prefill_rows]
 
     def _worth_us(self, load: Load) -> float:
         return (load.rows - load.prefill_rows) * self._decode_us + load.prefill_rows * self._prefill_row_us
