@@ -29,9 +29,8 @@ def work(
     lap: Load | None = None,
     lap_step: int = 0,
     must_run_host: bool = False,
-    host_grows: bool = False,
 ) -> Work:
-    return Work(DEVICE, device, chunks, host, lap, lap_step, must_run_host, host_grows)
+    return Work(DEVICE, device, chunks, host, lap, lap_step, must_run_host)
 
 
 def is_device_only(choice: Choice) -> bool:
@@ -81,11 +80,6 @@ def test_prompts_are_taken_out_again_when_the_worker_pool_would_idle() -> None:
     beside_host = splitter().choose(work(chunks=(prompt(8000),), host=(1024,) * 60))
     assert sum(everything.prefill_rows) == 8000
     assert 256 <= sum(beside_host.prefill_rows) < 4000
-
-
-def test_prompts_stay_in_while_requests_wait_for_the_host_tier() -> None:
-    choice = splitter().choose(work(chunks=(prompt(8000),), host=(1024,) * 60, host_grows=True))
-    assert sum(choice.prefill_rows) == 8000
 
 
 def test_one_prompt_is_divided_so_that_host_rows_need_no_read_of_the_weights_of_their_own() -> None:

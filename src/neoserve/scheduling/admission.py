@@ -74,10 +74,6 @@ class Admission:
         running[request.request_id] = sequence
         return sequence
 
-    def host_grows(self, running: Iterable[Sequence], iteration: int) -> bool:
-        """Whether a request waits that would enter the host tier next to the sequences that run."""
-        return bool(self.waiting) and not self._only_host and self._host_pays(running, iteration)
-
     def reference(self, running: Iterable[Sequence], iteration: int) -> Load:
         """Decode load of as many of the sequences that run and wait as the device pool could hold; of those that run,
         if there is no device pool. It changes slowly and is counted anew every few iterations."""

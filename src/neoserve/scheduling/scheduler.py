@@ -245,7 +245,6 @@ class Scheduler:
             lap=lap.load if lap else None,
             lap_step=lap.next_step if lap else 0,
             must_run_host=self._num_skipped >= self._policy.max_skipped,
-            host_grows=bool(lap or host) and self._admission.host_grows(self._running.values(), self._num_iterations),
         )
         choice = self._splitter.choose(work)
         waits = work.host_tokens and not any(choice.num_host)

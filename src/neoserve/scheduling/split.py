@@ -42,7 +42,6 @@ class Work:
     host_tokens: KV tokens of each HOST sequence that could decode, in the order in which they go to sub-batch 1.
     lap, lap_step: the host lap in flight in sub-batch 1 and its next step.
     must_run_host: host rows have waited long enough.
-    host_grows: requests wait that would enter the host tier.
     """
 
     reference: Load
@@ -52,7 +51,6 @@ class Work:
     lap: Load | None
     lap_step: int
     must_run_host: bool
-    host_grows: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +133,14 @@ class Splitter:
         must progress now.
 
         Beside host rows, prompts are taken out again, down to where the linear layers are still efficient, if that
-        has the better rate: a long prefill leaves the worker pool idle and makes every decode wait. Not while the host
-        tier grows: the sooner it is full, the more rows share a read of the weights.
+        has the better rate: a long prefill leaves the worker pool idle and makes every decode wait.
         """
         pricing = self._pricing(work)
         full = self._within_target(pricing, sum(chunk.count for chunk in work.chunks))
         if not (work.host_tokens or work.lap):
             return pricing.price((full, 0), 0, 0, 0)
         best = self._with_host(pricing, full)
-        while not (self._target_ttft or work.host_grows) and (best.lap_steps or any(best.num_host)):
+        while not self._target_ttft and (best.lap_steps or any(best.num_host)):
             fewer = sum(best.prefill_rows) // 2
             if fewer < self._efficient_rows:
                 break
@@ -160,7 +157,7 @@ class Splitter:
         """Whether laps of these host rows beside these device rows beat device-only by far, with a prompt of
         `prompt_rows` rows to compute and without: who enters has to be served on when there are no more prompts."""
         for chunks in ((), (Chunk(Tier.HOST, 0, prompt_rows, samples=True),)):
-            pricing = self._pricing(Work(reference, device, chunks, (), host, 0, must_run_host=False, host_grows=True))
+            pricing = self._pricing(Work(reference, device, chunks, (), host, 0, must_run_host=False))
             rows = prompt_rows if chunks else 0
             pipelined = self._best_ratio(pricing, rows)
             device_only = pricing.device_only(rows)
