@@ -193,3 +193,10 @@ def test_rough_numbers_show_what_was_measured_on_the_machine_that_they_describe(
         return (18 + rows / ratio) / price.total_us
 
     assert tokens_per_us(1, 14) < 18 / alone < tokens_per_us(4, 56)
+
+
+@pytest.mark.parametrize("noise", [0.97, 1.0, 1.03])
+def test_efficient_rows_hardly_depend_on_the_noise_of_one_measurement(noise: float) -> None:
+    """Prompts are cut down to them, so a leap from 512 to 1024 rows would change every program."""
+    measured = ((1, 415), (64, 447), (128, 504), (256, 723 * noise), (512, 1414 / noise), (1024, 2675), (2048, 5266))
+    assert CostModel(table(linear=Curve(measured)), LARGE).efficient_rows() == 256

@@ -145,7 +145,7 @@ class Splitter:
             if fewer < self._efficient_rows:
                 break
             choice = self._with_host(pricing, fewer)
-            if choice.rate <= best.rate * self._policy.min_gain:
+            if choice.rate <= best.rate * self._policy.cut_gain:
                 break
             best = choice
         return best
