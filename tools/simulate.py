@@ -118,7 +118,8 @@ def main() -> None:
             max_num_batched_tokens=options.max_num_batched_tokens, block_size=BLOCK_SIZE, offload=mode.offload,
             device_blocks=0 if mode.offload == "all" else device_kv_tokens // BLOCK_SIZE,
             host_blocks=0 if mode.offload == "off" else options.host_kv_tokens // BLOCK_SIZE,
-            staging_blocks=-(-(max_model_len + 2 * options.max_num_batched_tokens) // BLOCK_SIZE), worker_cpus=(0,), host_deadline_s=1.0,
+            staging_blocks=-(-(max_model_len + 2 * options.max_num_batched_tokens) // BLOCK_SIZE),
+            worker_cpus=(0,), host_deadline_s=1.0,
             target_tpot_ms=None, target_ttft_ms=None, max_waiting=len(workload.rows), enforce_eager=False,
         )  # fmt: skip
         simulation = Simulation(config, table, workload)
