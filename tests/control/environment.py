@@ -143,9 +143,10 @@ class Machine:
                 self.kv[target][self.slot(move.target_block_ids, position)] = before[move.source][source]
 
     def check_rows(self, plan: IterationPlan) -> None:
-        """Laps in flight share no sequence and no block, and keep to every limit."""
+        """Laps in flight share no sequence and no block, but for a prompt that is divided; they keep to every limit."""
         laps = [lap for lap, _ in self.in_flight.values() if lap.index not in self.lost]
-        rows = [r for lap in laps for r in lap.rows]
+        divided = self.check_divided(plan)
+        rows = [r for lap in laps for r in lap.rows if r not in divided]
         assert len({r.request_id for r in rows}) == len(rows), "a sequence is in two laps"
         assert len({r.slot for r in rows}) == len(rows)
         blocks = [(r.tier, int(block)) for r in rows for block in r.block_ids]
@@ -163,6 +164,20 @@ class Machine:
             assert len(r.block_ids) == needed
             assert len(r.staging_block_ids) == (needed if r.is_prefill and r.tier is Tier.HOST else 0)
             assert r.slot < self.settings.max_num_seqs
+
+    def check_divided(self, plan: IterationPlan) -> list[Rows]:
+        """The rows of sub-batch 0 that go on in sub-batch 1, whose blocks begin with theirs."""
+        steps = self.settings.shape.num_layers + 1
+        first = {r.request_id: r for lap in plan.begins if lap.index == 0 for r in lap.prefill}
+        divided = []
+        for r in (r for lap in plan.begins for r in lap.prefill if r.continues):
+            assert [(s.sub_batch, s.first_step, s.stop_step) for s in plan.spans] == [(0, 0, steps), (1, 0, steps)]
+            before = first[r.request_id]
+            assert before.length == r.start
+            for part, whole in ((before.block_ids, r.block_ids), (before.staging_block_ids, r.staging_block_ids)):
+                assert list(part) == list(whole[: len(part)])
+            divided.append(before)
+        return divided
 
     def slot(self, block_ids: Sequence[int], position: int) -> int:
         return (

@@ -82,6 +82,13 @@ def test_prompts_are_taken_out_again_when_the_worker_pool_would_idle() -> None:
     assert 256 <= sum(beside_host.prefill_rows) < 4000
 
 
+def test_one_prompt_is_divided_so_that_host_rows_need_no_read_of_the_weights_of_their_own() -> None:
+    whole = splitter().choose(work(chunks=(prompt(1000),)))
+    choice = splitter().choose(work(chunks=(prompt(1000),), host=(1024,) * 60))
+    assert min(choice.prefill_rows) > 0
+    assert choice.price.total_us < 1.1 * whole.price.total_us
+
+
 def test_the_split_hides_host_attention() -> None:
     """Without device rows both halves carry host rows, and the device hardly waits while the pool is fast enough."""
     choice = splitter(host_gb_s=400.0).choose(work(device=Load(), host=(1024,) * 64))
@@ -165,14 +172,14 @@ def test_whether_host_rows_pay_depends_on_how_many_there_will_be_and_on_the_host
 
 @given(st.lists(st.integers(1, 50), max_size=8), st.integers(0, 100), st.integers(0, 100))
 def test_dealing_keeps_to_the_limits_and_to_the_order(counts: list[int], first: int, second: int) -> None:
-    chunks = [prompt(count) for count in counts]
-    dealt = list(deal(chunks, (first, second)))
-    for side, limit in enumerate((first, second)):
-        assert sum(count for _, count, where in dealt if where == side) <= limit
-    assert [index for index, _, _ in dealt] == list(range(len(dealt)))
-    assert all(0 < count <= counts[index] for index, count, _ in dealt)
-    if sum(counts) <= first and not second:
-        assert [count for _, count, _ in dealt] == counts
+    parts = list(deal([prompt(count) for count in counts], (first, second)))
+    rows = [(part.index, part.offset + row, part.sub_batch) for part in parts for row in range(part.count)]
+    in_order = [(index, row) for index, count in enumerate(counts) for row in range(count)]
+    assert [row[:2] for row in rows] == in_order[: first + second]
+    assert [sub_batch for *_, sub_batch in rows] == [int(place >= first) for place in range(len(rows))]
+    for part in parts:
+        assert part.ends == (part.offset + part.count == counts[part.index])
+        assert part.continues == ((part.index, part.offset - 1, 0) in rows and part.sub_batch == 1)
 
 
 def test_prices_do_not_depend_on_what_was_priced_before() -> None:

@@ -69,7 +69,7 @@ class Script:
         self.tokens: dict[str, list[int]] = {name: [] for name in tiers}
         self.iterations = self.laps = 0
 
-    def rows(self, name: str, token_ids: tuple[int, ...] | None) -> Rows:
+    def rows(self, name: str, token_ids: tuple[int, ...] | None, *, continues: bool = False) -> Rows:
         """The next rows of a sequence: a chunk of its prompt, or a decode."""
         count = 1 if token_ids is None else len(token_ids)
         slot = "ab".index(name)
@@ -78,7 +78,7 @@ class Script:
         blocks = self.blocks(name, self.length[name] + count)
         rows = Rows(
             name, slot, self.tiers[name], self.length[name], count, token_ids, blocks, staging[: len(blocks)],
-            samples=self.length[name] + count >= len(PROMPT), num_generated=self.generated[name],
+            samples=self.length[name] + count >= len(PROMPT), num_generated=self.generated[name], continues=continues,
         )  # fmt: skip
         self.length[name] += count
         self.generated[name] += rows.samples
@@ -212,3 +212,26 @@ def test_a_host_lap_over_several_device_laps(
     script.run(plans)
     num_host_laps = (NUM_TOKENS - 1) // len(parts)
     script.check(tiny, {"a": expected, "b": expected[: 1 + num_host_laps]})
+
+
+@pytest.mark.parametrize("tiers", PLACEMENTS)
+@pytest.mark.parametrize("cuts", [(0, 9, 20), (7, 12, 20), (7, 16, 19), (16, 17, 20)])
+def test_prompts_divided_between_the_sub_batches(
+    executor: Executor, tiny: Tiny, expected: list[int], tiers: dict[str, Tier], cuts: tuple[int, int, int]
+) -> None:
+    """Both prompts' tokens from cuts[0] on in one iteration, those from cuts[1] in the second sub-batch."""
+    start, middle, stop = cuts
+    script = Script(executor, dict(tiers))
+    plans = script.prefill((slice(0, start),)) if start else []
+    laps = tuple(
+        script.lap(index, *(script.rows(name, PROMPT[part], continues=index == 1) for name in tiers))
+        for index, part in enumerate((slice(start, middle), slice(middle, stop)))
+    )
+    plans.append(script.plan(Span(0, 0, STEPS, False), Span(1, 0, STEPS, False), begins=laps, ends=laps))
+    if stop < len(PROMPT):
+        plans += script.prefill((slice(stop, None),))
+    for _ in range(NUM_TOKENS - 1):
+        lap = script.lap(0, script.rows("a", None), script.rows("b", None))
+        plans.append(script.plan(Span(0, 0, STEPS, Tier.HOST in tiers.values()), begins=(lap,), ends=(lap,)))
+    script.run(plans)
+    script.check(tiny, {"a": expected, "b": expected})

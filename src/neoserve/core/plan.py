@@ -37,6 +37,8 @@ class Rows:
         otherwise.
     samples: whether the last row yields a token (false for all but the last chunk of a prompt).
     num_generated: tokens that the sequence has generated before the one that this lap samples, in flight included.
+    continues: the rows go on in sub-batch 1 where those of the same sequence stop in sub-batch 0, in laps that run
+        whole in one iteration; a HOST sequence's staging blocks then hold the tokens before `start` already.
     """
 
     request_id: str
@@ -49,6 +51,7 @@ class Rows:
     staging_block_ids: tuple[int, ...]
     samples: bool
     num_generated: int
+    continues: bool = False
 
     @property
     def is_prefill(self) -> bool:

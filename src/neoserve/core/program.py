@@ -80,7 +80,7 @@ def program(num_layers: int, spans: Sequence[Span]) -> Iterator[Stage]:
 
     The spans' steps are merged evenly: each span's k-th of n steps is due at (k + 1/2) / n, so equal spans
     alternate and a span of r times as many steps puts r of them between two of the other's.
-    Ties go to the earlier span.
+    Ties go to the earlier span, so where both run a whole lap, a layer of the second comes after that of the first.
     """
     for span in spans:
         if not 0 <= span.first_step < span.stop_step <= num_layers + 1:

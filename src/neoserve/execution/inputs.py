@@ -16,7 +16,10 @@ from neoserve.device.base import PagedBatch
 
 @dataclass(frozen=True, slots=True)
 class StagingCopies:
-    """Block ids, int64, of the copies around a lap's HOST prefill: earlier chunks' blocks in, this chunk's out."""
+    """Block ids, int64, of the copies around a lap's HOST prefill: earlier chunks' blocks in, this chunk's out.
+
+    What sub-batch 0 has just computed of a chunk that continues in sub-batch 1 lies in the staging area already.
+    """
 
     load_host: np.ndarray
     load_staging: np.ndarray
@@ -60,7 +63,7 @@ def _paged(rows: Sequence[Rows], tables: Sequence[np.ndarray], first_row: int) -
 def _staging_copies(rows: Sequence[Rows], block_size: int) -> StagingCopies | None:
     if not rows:
         return None
-    kept = [slice(0, -(-r.start // block_size)) for r in rows]
+    kept = [slice(0, 0 if r.continues else -(-r.start // block_size)) for r in rows]
     written = [slice(r.start // block_size, None) for r in rows]
     host = [np.asarray(r.block_ids, dtype=np.int64) for r in rows]
     staging = [np.asarray(r.staging_block_ids, dtype=np.int64) for r in rows]

@@ -46,7 +46,7 @@ class KVStore:
         )
         self.staging_LN2KPD = torch.zeros((2, config.staging_blocks, *block), dtype=dtype, device=device.torch_device)
         self._last_copy: Completion | None = None
-        self._area_stored: list[Completion | None] = [None, None]
+        self._stored: list[Completion | None] = [None] * 4  # of the latest layers, by layer modulo 4
 
     def earlier_copies(self) -> Completion | None:
         """The last copy submitted since the last call, `None` without one; all others are done before it."""
@@ -76,8 +76,8 @@ class KVStore:
         return self.staging_LN2KPD[layer % 2]
 
     def wait_for_area(self, layer: int) -> None:
-        """On the stream: later work waits until what was in the layer's area has left it."""
-        stored = self._area_stored[layer % 2]
+        """On the stream: later work waits until what the area's last layer left there has been stored."""
+        stored = self._stored[(layer - 2) % 4]
         if stored is not None:
             self._device.wait_for(stored)
 
@@ -94,7 +94,7 @@ class KVStore:
         host = self.host_LNX[layer : layer + 1]
         copy = self._device.ops.blocks_to_host
         stored = self._device.submit_copies(lambda: copy(area, staging_block_ids, host, host_block_ids))
-        self._last_copy = self._area_stored[layer % 2] = stored
+        self._last_copy = self._stored[layer % 4] = stored
 
 
 def _host_pool(config: ResolvedConfig, dtype: torch.dtype) -> torch.Tensor:

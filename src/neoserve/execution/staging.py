@@ -1,7 +1,8 @@
 """Prompts of HOST sequences attend on the device, in an area that holds one layer; their KV passes through it.
 
 Two areas serve even and odd layers in turn. Copies run beside the compute stream, in their own order: while layer i
-attends, earlier chunks' KV of layer i + 1 comes in and this chunk's of layer i - 1 goes out.
+attends, earlier chunks' KV of layer i + 1 comes in and this chunk's of layer i - 1 goes out. A chunk that is divided
+between two sub-batches has its blocks there once: the second part finds what the first has appended.
 """
 
 from __future__ import annotations

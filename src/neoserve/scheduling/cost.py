@@ -155,10 +155,10 @@ class Load:
         )
 
     @classmethod
-    def prefill(cls, tier: Tier, start: int, count: int, samples: bool) -> Load:
-        """One chunk of a prompt: `count` rows after `start` tokens."""
+    def prefill(cls, tier: Tier, start: int, count: int, samples: bool, *, continues: bool = False) -> Load:
+        """One chunk of a prompt: `count` rows after `start` tokens; of one that `continues`, those are staged."""
         pairs = count * (start + (count + 1) / 2)
-        return cls(count, int(samples), count, pairs, start if tier is Tier.HOST else 0)
+        return cls(count, int(samples), count, pairs, start if tier is Tier.HOST and not continues else 0)
 
     @classmethod
     def device_decode(cls, num_rows: int, num_tokens: int) -> Load:
@@ -177,7 +177,7 @@ class Load:
         load = cls.device_decode(len(device), sum(rows.length for rows in device))
         load += cls.host_decode(len(host), sum(rows.length for rows in host))
         for rows in sub_batch.prefill:
-            load += cls.prefill(rows.tier, rows.start, rows.count, rows.samples)
+            load += cls.prefill(rows.tier, rows.start, rows.count, rows.samples, continues=rows.continues)
         return load
 
 

@@ -273,15 +273,21 @@ class Scheduler:
         return plan
 
     def _prefill(self, choice: Choice, prompts: list[Sequence], chunks: list[Chunk]) -> list[list[Prefill]]:
-        """The prompts' rows in each sub-batch, those of DEVICE sequences first; no two share a staging block."""
-        num_staged = 0
+        """The prompts' rows in each sub-batch, those of DEVICE sequences first; prompts share no staging blocks."""
+        first_staged = num_staged = 0
         rows: list[list[Prefill]] = [[], []]
-        for index, count, side in deal(chunks, choice.prefill_rows):
-            sequence, chunk = prompts[index], chunks[index]
-            blocks = self._config.blocks_for(chunk.start + count) if chunk.tier is Tier.HOST else 0
-            staging_ids = tuple(range(num_staged, num_staged + blocks))
-            num_staged += blocks
-            rows[side].append((sequence, sequence.prefill_rows(count, self._config.block_size, staging_ids)))
+        for part in deal(chunks, choice.prefill_rows):
+            sequence, chunk = prompts[part.index], chunks[part.index]
+            first_staged = first_staged if part.continues else num_staged
+            if chunk.tier is Tier.HOST:
+                num_staged = first_staged + self._config.blocks_for(chunk.start + part.offset + part.count)
+            planned = sequence.prefill_rows(
+                part.count,
+                self._config.block_size,
+                tuple(range(first_staged, num_staged)),
+                continues=part.continues,
+            )
+            rows[part.sub_batch].append((sequence, planned))
         for prefill in rows:
             prefill.sort(key=lambda entry: entry[0].tier is Tier.HOST)
         return rows

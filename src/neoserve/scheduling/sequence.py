@@ -101,8 +101,11 @@ class Sequence:
             generated,
         )
 
-    def prefill_rows(self, count: int, block_size: int, staging_block_ids: tuple[int, ...]) -> Rows:
-        """The rows of the next `count` given tokens, planned: count as computed from here on."""
+    def prefill_rows(self, count: int, block_size: int, staging_block_ids: tuple[int, ...], *, continues: bool) -> Rows:
+        """The rows of the next `count` given tokens, planned: count as computed from here on.
+
+        continues: they follow rows of it in the other sub-batch.
+        """
         start, stop = self.computed, self.computed + count
         samples = stop == self.given
         rows = Rows(
@@ -116,6 +119,7 @@ class Sequence:
             staging_block_ids,
             samples,
             self.num_planned,
+            continues,
         )
         self.computed = stop
         self.num_planned += samples

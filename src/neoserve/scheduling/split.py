@@ -69,24 +69,43 @@ class Choice:
     rate: float
 
 
-def deal(chunks: Sequence[Chunk], limits: tuple[int, int]) -> Iterator[tuple[int, int, int]]:
-    """Which rows go where: (chunk, rows, sub-batch), each chunk to the sub-batch with more room, while any has some."""
-    room = list(limits)
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of a chunk that go to one sub-batch: `count` after the chunk's first `offset`.
+
+    continues: sub-batch 0 has the rows before them. ends: they are the chunk's last.
+    """
+
+    index: int
+    sub_batch: int
+    offset: int
+    count: int
+    continues: bool
+    ends: bool
+
+
+def deal(chunks: Sequence[Chunk], limits: tuple[int, int]) -> Iterator[Part]:
+    """Which rows go where: the first limits[0] rows to sub-batch 0, the next limits[1] to sub-batch 1."""
+    boundary, end = limits[0], limits[0] + limits[1]
+    position = 0
     for index, chunk in enumerate(chunks):
-        side = 0 if room[0] >= room[1] else 1
-        count = min(chunk.count, room[side])
-        if count == 0:
-            return
-        room[side] -= count
-        yield index, count, side
+        stop = min(position + chunk.count, end)
+        for sub_batch, first, last in ((0, position, min(stop, boundary)), (1, max(position, boundary), stop)):
+            if first < last:
+                offset = first - position
+                ends = last == position + chunk.count
+                yield Part(index, sub_batch, offset, last - first, sub_batch == 1 and offset > 0, ends)
+        position = stop
 
 
 def _prefill_loads(chunks: Sequence[Chunk], limits: tuple[int, int]) -> tuple[Load, Load]:
     """The loads that `deal` gives the sub-batches."""
     loads = [Load(), Load()]
-    for index, count, side in deal(chunks, limits):
-        chunk = chunks[index]
-        loads[side] += Load.prefill(chunk.tier, chunk.start, count, chunk.samples and count == chunk.count)
+    for part in deal(chunks, limits):
+        chunk = chunks[part.index]
+        loads[part.sub_batch] += Load.prefill(
+            chunk.tier, chunk.start + part.offset, part.count, chunk.samples and part.ends, continues=part.continues
+        )
     return loads[0], loads[1]
 
 
@@ -173,7 +192,7 @@ class Splitter:
         """Host rows wait for a lap: none of them, all beside the rest, split over both, or a lap over several."""
         num_host = len(pricing.work.host_tokens)
         whole = self._best_split(pricing, (prefill_rows, 0))
-        if len(pricing.work.chunks) > 1 and prefill_rows > self._efficient_rows:
+        if prefill_rows > 1:
             half = -(-prefill_rows // 2)
             whole = max(whole, self._best_split(pricing, (half, half)), key=_rate)
         if not pricing.work.device.rows:
