@@ -1,9 +1,17 @@
 """Everything in this folder needs an NVIDIA GPU; elsewhere it is skipped without being imported."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 
 from neoserve.core.config import ModelShape
+
+if TYPE_CHECKING:
+    from neoserve.device.cuda import CudaDevice
 
 collect_ignore_glob = [] if torch.cuda.is_available() else ["test_*.py"]
 
@@ -27,3 +35,13 @@ def attention_shape(num_query_heads: int, num_kv_heads: int, head_dim: int) -> M
 def seeded() -> None:
     """Random tensors are the same in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> Iterator[CudaDevice]:
+    """The GPU, for a model with 8 query heads on 2 kv heads of dimension 64."""
+    from neoserve.device.cuda import CudaDevice, usable_dtype
+
+    device = CudaDevice(attention_shape(8, 2, 64), usable_dtype("bfloat16"), 16)
+    yield device
+    device.close()

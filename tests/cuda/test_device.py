@@ -3,7 +3,6 @@
 import mmap
 import threading
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,16 +10,9 @@ import torch
 
 from neoserve.core.errors import ConfigError
 from neoserve.device.base import Exchange, Flag, Transfer
-from neoserve.device.cuda import CudaDevice, usable_dtype
+from neoserve.device.cuda import CudaDevice
 
 from .conftest import attention_shape
-
-
-@pytest.fixture
-def device() -> Iterator[CudaDevice]:
-    device = CudaDevice(attention_shape(8, 2, 64), usable_dtype("bfloat16"), 16)
-    yield device
-    device.close()
 
 
 def do(*results: object) -> None:

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
-import pytest
 import torch
 
 from neoserve import _native
 from neoserve.device.base import Copy, Flag, Mark, Transfer
-from neoserve.device.cuda import CudaDevice, usable_dtype
-
-from .conftest import attention_shape
+from neoserve.device.cuda import CudaDevice
 
 SLACK_NS = 200_000
-
-
-@pytest.fixture
-def device() -> Iterator[CudaDevice]:
-    device = CudaDevice(attention_shape(8, 2, 64), usable_dtype("bfloat16"), 16)
-    yield device
-    device.close()
 
 
 def test_marks_lie_between_the_host_times_around_them(device: CudaDevice) -> None:

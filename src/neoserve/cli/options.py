@@ -29,7 +29,8 @@ HELP: dict[str, str] = {
     "enforce_eager": "Do not capture CUDA graphs.",
     "offload": "'auto' decodes on the host tier when that pays, 'all' decodes everything there, 'off' nothing.",
     "device_kv_tokens": "Size of the device pool in tokens; default: what memory allows.",
-    "host_memory_bytes": "Size of the host pool, e.g. 64GiB; 0 for none; default: most of what is free.",
+    "host_memory_bytes": "Size of the host pool, e.g. 64GiB; 0 for none; default: 70 % of what is free, on the "
+    "reference device 25 %.",
     "host_threads": "Threads that attend on the CPU; default: the cores, less what the engine needs.",
     "host_deadline_s": "Seconds after which one hand-off to the CPU counts as failed.",
     "target_tpot_ms": "Time per output token that the scheduler must keep; default: it maximises throughput.",

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import neoserve
 from neoserve import _native
 from neoserve.core.config import ResolvedConfig
 from neoserve.core.errors import HostAttentionError
@@ -71,9 +72,18 @@ def _fingerprint(executor: Executor) -> str:
         config.shape, config.dtype, config.block_size, config.max_num_batched_tokens, config.max_num_seqs,
         config.device_blocks > 0, config.host_blocks > 0, config.worker_cpus, config.enforce_eager,
         executor.device.name, platform.processor(), os.cpu_count(), _native.default_instruction_set(),
-        torch.__version__, torch.get_num_threads(), Path(__file__).read_bytes(),
+        torch.__version__, torch.get_num_threads(), neoserve.__version__, _code_hash(),
     )  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
+
+
+def _code_hash() -> str:
+    """Of what is measured and how, which changes between versions too: the compiled module, the kernels, this file."""
+    kernels = Path(__file__).parents[1] / "kernels"
+    code = hashlib.sha256()
+    for path in (Path(_native.__file__), *sorted(kernels.glob("*.py")), Path(__file__)):
+        code.update(path.read_bytes())
+    return code.hexdigest()
 
 
 class Calibration:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from types import TracebackType
 
 from neoserve.core.config import EngineConfig
 from neoserve.core.errors import QueueFullError
@@ -78,9 +77,7 @@ class LocalEngine(EngineClient):
     def __enter__(self) -> LocalEngine:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _add(self, submission: Submission, ready: list[tuple[Submission, Delta]]) -> bool:

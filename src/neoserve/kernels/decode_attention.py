@@ -18,7 +18,7 @@ import triton.language as tl
 
 from neoserve.kernels.base import PagedBatch
 from neoserve.kernels.decode_plans import DecodeArrays, DecodePlanBuffer
-from neoserve.kernels.dependent_launch import launch_dependents, wait_for_predecessor
+from neoserve.kernels.dependent_launch import follow_predecessor
 from neoserve.kernels.paged_arrays import bucket_size
 
 _TILE = 64
@@ -55,9 +55,7 @@ def _attend_chunks(  # type: ignore[no-untyped-def]
     DEPENDENT: tl.constexpr,
 ):
     """Program (kv head, chunk): softmax-weighted values [GROUP, D] of a chunk, and their log2 of the sum of weights."""
-    if DEPENDENT:
-        launch_dependents()
-        wait_for_predecessor()
+    follow_predecessor(DEPENDENT)
     head = tl.program_id(0)
     chunk = tl.program_id(1)
     sequence = tl.load(chunk_sequence_ptr + chunk)
@@ -119,9 +117,7 @@ def _merge_chunks(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    if DEPENDENT:
-        launch_dependents()
-        wait_for_predecessor()
+    follow_predecessor(DEPENDENT)
     head = tl.program_id(0)
     sequence = tl.program_id(1)
     start = tl.load(chunk_start_ptr + sequence)

@@ -7,10 +7,15 @@ the end of a kernel implies the end of all before it, and none needs to know who
 
 from __future__ import annotations
 
+import triton
+import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-launch_dependents = gdc_launch_dependents
-"""Let the next kernel start once all programs of this one have called this or ended."""
 
-wait_for_predecessor = gdc_wait
-"""Wait until the kernel before is done and its writes are visible."""
+@triton.jit  # type: ignore[untyped-decorator]
+def follow_predecessor(DEPENDENT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the launch is DEPENDENT: let the next kernel start once all programs of this one are here or have ended,
+    then wait until the kernel before is done and its writes are visible."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()

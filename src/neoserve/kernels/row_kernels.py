@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from neoserve.kernels.base import Heads
-from neoserve.kernels.dependent_launch import launch_dependents, wait_for_predecessor
+from neoserve.kernels.dependent_launch import follow_predecessor
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
@@ -28,9 +28,7 @@ def _add_norm(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    if DEPENDENT:
-        launch_dependents()
-        wait_for_predecessor()
+    follow_predecessor(DEPENDENT)
     row = tl.program_id(0)
     e = tl.arange(0, WIDTH)
     inside = e < E
@@ -69,9 +67,7 @@ def _rope_heads(  # type: ignore[no-untyped-def]
     HAS_NORM: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    if DEPENDENT:
-        launch_dependents()
-        wait_for_predecessor()
+    follow_predecessor(DEPENDENT)
     head = tl.program_id(0)
     row = tl.program_id(1)
     half = tl.arange(0, HALF)

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from neoserve.kernels.dependent_launch import launch_dependents, wait_for_predecessor
+from neoserve.kernels.dependent_launch import follow_predecessor
 
 TILE_OUTPUTS = 64
 TILE_INPUTS = 128
@@ -102,9 +102,7 @@ def _partial_sums(  # type: ignore[no-untyped-def]
     stop_k = tl.minimum(first_k + steps_per_split * TILE_K, num_inputs)
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     weight_rows = weight_ptr + n[:, None].to(tl.int64) * num_inputs
-    if DEPENDENT:
-        launch_dependents()
-        wait_for_predecessor()
+    follow_predecessor(DEPENDENT)
     row = tl.arange(0, ROWS)
     k = tl.arange(0, TILE_K)
     weight_tile = weight_rows + k[None, :]
@@ -138,9 +136,7 @@ def _gated(  # type: ignore[no-untyped-def]
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     gate_rows = weight_ptr + n[:, None].to(tl.int64) * num_inputs
     up_rows = gate_rows + num_outputs.to(tl.int64) * num_inputs
-    if DEPENDENT:
-        launch_dependents()
-        wait_for_predecessor()
+    follow_predecessor(DEPENDENT)
     row = tl.arange(0, ROWS)
     k = tl.arange(0, TILE_K)
     x_tile = x_ptr + row[None, :] * num_inputs + k[:, None]
