@@ -17,9 +17,9 @@ NUM_STEPS = LARGE.num_layers + 1
 DEVICE = Load.device_decode(18, 18 * 1024)
 
 
-def splitter(*, target_us: float | None = None, **rates: float) -> Splitter:
+def splitter(*, target_us: float | None = None, target_ttft_us: float | None = None, **rates: float) -> Splitter:
     cost = CostModel(CostTable.rough(LARGE, **rates), LARGE)  # type: ignore[arg-type]
-    return Splitter(cost, LARGE.num_layers, Policy(), target_us, target_ttft=False)
+    return Splitter(cost, LARGE.num_layers, Policy(), target_us, target_ttft_us)
 
 
 def work(
@@ -80,6 +80,19 @@ def test_prompts_are_taken_out_again_when_the_worker_pool_would_idle() -> None:
     beside_host = splitter().choose(work(chunks=(prompt(8000),), host=(1024,) * 60))
     assert sum(everything.prefill_rows) == 8000
     assert 256 <= sum(beside_host.prefill_rows) < 4000
+
+
+@pytest.mark.parametrize("target_ms", [100, 2500, 3500, None])
+def test_a_target_for_prompts_bounds_how_far_they_are_spread(target_ms: float | None) -> None:
+    cuts = splitter(target_ttft_us=None if target_ms is None else target_ms * 1e3)
+    choice = cuts.choose(work(chunks=(prompt(8000),), host=(1024,) * 60))
+    rows = sum(choice.prefill_rows)
+    if target_ms is None:
+        assert rows < 4000
+    elif target_ms == 100:
+        assert rows == 8000  # not even all at once takes so little
+    else:
+        assert 8000 / rows * choice.price.total_us <= target_ms * 1e3
 
 
 def test_one_prompt_is_divided_so_that_host_rows_need_no_read_of_the_weights_of_their_own() -> None:

@@ -38,7 +38,8 @@ class EngineConfig:
     offload: "off" keeps all KV on the device, "all" decodes everything on the host tier, "auto" decides.
     device_kv_tokens: size of the device pool in tokens. host_memory_bytes: size of the host pool.
     host_threads: worker threads of the host tier. host_deadline_s: how long one hand-off may take.
-    target_tpot_ms / target_ttft_ms: latency targets for the scheduler; without them it maximises throughput.
+    target_tpot_ms / target_ttft_ms: latency targets for the scheduler; without them it maximises throughput. The first
+        bounds the interval between tokens, the second the time for which prompts are put off for the host tier's sake.
     max_waiting: requests that may wait for admission before new ones are refused.
     """
 

@@ -43,9 +43,9 @@ class Scheduler:
         self._policy = policy or Policy()
         self._cost = cost
         self._placement = Placement(config, self._policy)
-        target_us = None if config.target_tpot_ms is None else config.target_tpot_ms * 1e3
         num_layers = config.shape.num_layers
-        self._splitter = Splitter(cost, num_layers, self._policy, target_us, config.target_ttft_ms is not None)
+        targets_us = (_ms_to_us(config.target_tpot_ms), _ms_to_us(config.target_ttft_ms))
+        self._splitter = Splitter(cost, num_layers, self._policy, *targets_us)
         self._admission = Admission(config, self._placement, cost, self._splitter)
         self._running: dict[str, Sequence] = {}  # oldest first; finished ones while something of them is in flight
         self._outcome = Outcome(self._placement, self._running, self._admission.free_slots)
@@ -349,3 +349,7 @@ class Scheduler:
         self._measured_us = (self._measured_us[0] + result.elapsed_us, result.elapsed_us)
         self._host_busy_us += result.host_busy_us
         self._host_bytes += result.host_bytes
+
+
+def _ms_to_us(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds * 1e3

@@ -11,6 +11,7 @@ tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -113,17 +114,22 @@ class Splitter:
     """Prices the candidates of an iteration and takes the best.
 
     target_us: what the interval between two tokens of a sequence may be; `None` for throughput.
-    target_ttft: prompts have a target too, so none of their rows is put off for a better rate.
+    target_ttft_us: what the prompts of an iteration may take together if their rows are put off for a better rate.
     """
 
     def __init__(
-        self, cost: CostModel, num_layers: int, policy: Policy, target_us: float | None, target_ttft: bool
+        self,
+        cost: CostModel,
+        num_layers: int,
+        policy: Policy,
+        target_us: float | None = None,
+        target_ttft_us: float | None = None,
     ) -> None:
         self._cost = cost
         self._num_steps = num_layers + 1
         self._policy = policy
         self._target_us = target_us
-        self._target_ttft = target_ttft
+        self._target_ttft_us = math.inf if target_ttft_us is None else target_ttft_us
         self._efficient_rows = cost.efficient_rows()
         self._prefill_row_us = cost.prefill_row_us()
         self._ratios = (*(ratio for ratio in _RATIOS if ratio < policy.slowest_ratio), policy.slowest_ratio)
@@ -133,19 +139,21 @@ class Splitter:
         must progress now.
 
         Beside host rows, prompts are taken out again, down to where the linear layers are still efficient, if that
-        has the better rate: a long prefill leaves the worker pool idle and makes every decode wait.
+        has the better rate: a long prefill leaves the worker pool idle and makes every decode wait. At the pace of this
+        iteration the prompts must still be done within the target for them.
         """
         pricing = self._pricing(work)
         full = self._within_target(pricing, sum(chunk.count for chunk in work.chunks))
         if not (work.host_tokens or work.lap):
             return pricing.price((full, 0), 0, 0, 0)
         best = self._with_host(pricing, full)
-        while not self._target_ttft and (best.lap_steps or any(best.num_host)):
+        while best.lap_steps or any(best.num_host):
             fewer = sum(best.prefill_rows) // 2
             if fewer < self._efficient_rows:
                 break
             choice = self._with_host(pricing, fewer)
-            if choice.rate <= best.rate * self._policy.cut_gain:
+            prompts_us = full / fewer * choice.price.total_us
+            if choice.rate <= best.rate * self._policy.cut_gain or prompts_us > self._target_ttft_us:
                 break
             best = choice
         return best
