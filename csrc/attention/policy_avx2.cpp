@@ -67,6 +67,11 @@ struct Avx2 {
     odd = _mm256_cvtph_ps(_mm256_extracti128_si256(split, 1));
   }
   template <int kCount>
+  static void load_halves(const F16* at, Vec& first, Vec& second) {
+    first = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+    second = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at + kWidth)));
+  }
+  template <int kCount>
   static void load_pair(const float* at, Vec& first, Vec& second) {
     first = load(at);
     second = load(at + kWidth);

@@ -57,6 +57,13 @@ struct FourFloats {
     }
   }
   template <int kCount>
+  static void load_halves(const F16* at, Vec& first, Vec& second) {
+    for (int i = 0; i < kWidth; ++i) {
+      first[i] = widen(at[i]);
+      second[i] = widen(at[kWidth + i]);
+    }
+  }
+  template <int kCount>
   static void load_pair(const float* at, Vec& first, Vec& second) {
     first = load(at);
     second = load(at + kWidth);

@@ -60,6 +60,14 @@ struct Avx512 {
     odd = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(split, 1));
   }
   template <int kCount>
+  static void load_halves(const F16* at, Vec& first, Vec& second) {
+    first = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+    second = zero();
+    if constexpr (kCount > kWidth) {
+      second = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + kWidth)));
+    }
+  }
+  template <int kCount>
   static void load_pair(const float* at, Vec& first, Vec& second) {
     first = load(at);
     second = kCount > kWidth ? load(at + kWidth) : zero();

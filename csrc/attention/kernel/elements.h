@@ -13,6 +13,11 @@ struct F16 {
   uint16_t bits;
 };
 
+template <class Element>
+inline constexpr bool kIsF16 = false;
+template <>
+inline constexpr bool kIsF16<F16> = true;
+
 // V of two-byte elements lies in token pairs, [tokens / 2][head_dim][2]; V of f32 is row-major.
 template <class Element>
 inline constexpr bool kPairedV = sizeof(Element) == 2;

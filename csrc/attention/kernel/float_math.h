@@ -38,7 +38,10 @@ struct FloatMath {
   using Weight = float;
   static constexpr int kStep = 2 * Simd::kWidth;
 
-  // Two-byte elements come as (even ones, odd ones), which the query is packed alike to match.
+  // Conversion from fp16 takes neighbours: to part even and odd ones is more work, which only V needs.
+  static constexpr bool kConvertsInOrder = kIsF16<Element>;
+
+  // Keys of bf16 come as (even ones, odd ones), others one half after the other; the query is packed alike to match.
   struct Pair {
     Vec first, second;
   };
@@ -48,7 +51,11 @@ struct FloatMath {
   template <int kCount>
   static Pair load_keys(const Element* at) {
     Pair pair;
-    Simd::template load_pair<kCount>(at, pair.first, pair.second);
+    if constexpr (kConvertsInOrder) {
+      Simd::template load_halves<kCount>(at, pair.first, pair.second);
+    } else {
+      Simd::template load_pair<kCount>(at, pair.first, pair.second);
+    }
     return pair;
   }
 
@@ -76,7 +83,9 @@ struct FloatMath {
   template <int kDim>
   static Pair load_values(const Element* v, int dim, bool whole) {
     if constexpr (kPairedV<Element>) {
-      return load_keys<kStep>(v + 2 * dim);
+      Pair pair;
+      Simd::template load_pair<kStep>(v + 2 * dim, pair.first, pair.second);
+      return pair;
     } else {
       return {Simd::load(v + dim), whole ? Simd::load(v + dim + kDim) : Simd::zero()};
     }
