@@ -11,6 +11,7 @@ struct Avx2 {
   static constexpr int kWidth = 8;
   static constexpr int kAccumulators = 8;
   static constexpr int kMaxHeads = 4;
+  static constexpr bool kAsksIntoBothCaches = false;
   using Vec = __m256;
 
   static Vec zero() { return _mm256_setzero_ps(); }

@@ -8,6 +8,7 @@ struct FourFloats {
   static constexpr int kWidth = 4;
   static constexpr int kAccumulators = 8;
   static constexpr int kMaxHeads = 4;
+  static constexpr bool kAsksIntoBothCaches = false;
   typedef float Vec __attribute__((vector_size(16)));
   typedef int32_t Ints __attribute__((vector_size(16)));
 

@@ -13,6 +13,7 @@ struct Avx512 {
   static constexpr int kWidth = 16;
   static constexpr int kAccumulators = 20;
   static constexpr int kMaxHeads = 8;
+  static constexpr bool kAsksIntoBothCaches = true;
   using Vec = __m512;
 
   static Vec zero() { return _mm512_setzero_ps(); }

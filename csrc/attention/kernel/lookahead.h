@@ -11,7 +11,10 @@ namespace {
 // memory pages or so, and the lines come from all of these in turn: the processor's own prefetch follows each page
 // apart, so it helps with all. Each page is two lines further than the one before it, as equal places in pages compete
 // for one set of the cache.
-template <class Element, int kDim>
+//
+// With `kIntoBothCaches` those lines go into the second cache, and what is used half a chunk later, this chunk's V and
+// then the next one's K, into the first.
+template <class Element, int kDim, bool kIntoBothCaches>
 class Lookahead {
  public:
   Lookahead() = default;
@@ -22,6 +25,7 @@ class Lookahead {
       for (int j = 0; j < 2 * block_size / kSmallestBlock; ++j) parts_[num_parts++] = tile + j * kPartBytes;
     }
     if (num_parts < kParts) ask_at_once(num_parts);
+    if constexpr (kIntoBothCaches) plan_near(chunk, block_size);
   }
 
   // While bytes [first, first + kBytes) of the chunk are read.
@@ -50,7 +54,26 @@ class Lookahead {
   void ask(unsigned line) const {
     const unsigned part = line % kParts;
     const uint64_t place = (line / kParts + 2 * part) % kLines;
-    prefetch(parts_[part] + place * kCacheLine);
+    if constexpr (kIntoBothCaches) {
+      prefetch_far(parts_[part] + place * kCacheLine);
+      prefetch(near_[line / kLines] + line % kLines * kCacheLine);
+    } else {
+      prefetch(parts_[part] + place * kCacheLine);
+    }
+  }
+
+  // Where a chunk is not full, what is near is asked for again: it has come.
+  void plan_near(const Chunk<Element>& chunk, int block_size) {
+    const int parts_of_half = block_size / kSmallestBlock;
+    for (int i = 0; i < kParts; ++i) near_[i] = parts_[i];
+    for (int i = 0; i < chunk.num_tiles; ++i) {
+      const char* v = reinterpret_cast<const char*>(chunk.tiles[i]) + parts_of_half * kPartBytes;
+      const char* k = reinterpret_cast<const char*>(chunk.near[i] ? chunk.near[i] : chunk.tiles[i]);
+      for (int j = 0; j < parts_of_half; ++j) {
+        near_[i * parts_of_half + j] = v + j * kPartBytes;
+        near_[kParts / 2 + i * parts_of_half + j] = k + j * kPartBytes;
+      }
+    }
   }
 
   // What is left of a sequence goes by too fast for turns.
@@ -62,6 +85,7 @@ class Lookahead {
   }
 
   const char* parts_[kParts];
+  const char* near_[kIntoBothCaches ? kParts : 1];
 };
 
 }  // namespace

@@ -40,7 +40,8 @@ class VectorTiles {
   using Simd = typename Math::Simd;
   using Vec = typename Simd::Vec;
   static constexpr int kDim = kHeadDim;
-  static constexpr int kTokensAhead = kChunk;  // nearer it comes too late, further it falls out of the first cache
+  // Nearer it comes too late, further it falls out of the first cache.
+  static constexpr int kTokensAhead = Simd::kAsksIntoBothCaches ? kChunk + 16 : kChunk;
 
   float* scores;  // [head][kChunk]
   float* maxima;  // [head]
@@ -116,7 +117,7 @@ class VectorTiles {
   }
 
  private:
-  using Ahead = Lookahead<Element, kDim>;
+  using Ahead = Lookahead<Element, kDim, Simd::kAsksIntoBothCaches>;
 
   static constexpr int kWidth = Simd::kWidth;
   static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(Element));
