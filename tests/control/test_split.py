@@ -29,8 +29,9 @@ def work(
     lap: Load | None = None,
     lap_step: int = 0,
     must_run_host: bool = False,
+    pace: float = 10.0,
 ) -> Work:
-    return Work(DEVICE, device, chunks, host, lap, lap_step, must_run_host)
+    return Work(DEVICE, device, chunks, pace, host, lap, lap_step, must_run_host)
 
 
 def is_device_only(choice: Choice) -> bool:
@@ -41,10 +42,30 @@ def prompt(count: int, tier: Tier = Tier.DEVICE) -> Chunk:
     return Chunk(tier, 0, count, samples=True)
 
 
-def test_without_host_rows_it_is_device_only_with_all_prompts() -> None:
-    choice = splitter().choose(work(chunks=(prompt(1000), prompt(1048))))
+def test_prompts_that_nobody_waits_for_are_computed_at_once() -> None:
+    choice = splitter().choose(work(device=Load(), chunks=(prompt(1000), prompt(1048))))
     assert is_device_only(choice)
     assert choice.prefill_rows == (2048, 0)
+
+
+@pytest.mark.parametrize("pace", [20.0, 40.0])
+def test_beside_decodes_prompts_keep_pace_with_the_tokens_that_are_generated(pace: float) -> None:
+    choice = splitter().choose(work(chunks=(prompt(1000), prompt(1048)), pace=pace))
+    assert is_device_only(choice)
+    assert choice.prefill_rows == (18 * pace, 0)
+
+
+def test_where_few_prompts_would_do_the_device_is_used_up_to_its_ridge_point() -> None:
+    """As many rows as cost little beside the read of the weights: a row costs less than among many."""
+    alone = splitter().choose(work())
+    choice = splitter().choose(work(chunks=(prompt(2000),), pace=1.0))
+    many = splitter().choose(work(chunks=(prompt(2000),), pace=1000.0))
+    assert 64 <= choice.prefill_rows[0] <= 256
+
+    def row_us(choice: Choice) -> float:
+        return (choice.price.total_us - alone.price.total_us) / sum(choice.prefill_rows)
+
+    assert row_us(choice) < 0.7 * row_us(many)
 
 
 def test_a_few_host_rows_do_not_pay_and_many_do() -> None:
@@ -70,22 +91,24 @@ def test_a_lap_in_flight_keeps_its_pace_to_the_end(lap_step: int) -> None:
 
 
 def test_prompts_are_shared_out_when_both_sub_batches_have_host_rows_to_hide() -> None:
-    choice = splitter().choose(work(chunks=(prompt(1000), prompt(1000)), host=(1024,) * 80))
+    choice = splitter().choose(work(chunks=(prompt(1000), prompt(1000)), host=(1024,) * 80, pace=40.0))
     assert choice.lap_steps == NUM_STEPS
     assert min(choice.prefill_rows) > 0
 
 
-def test_prompts_are_taken_out_again_when_the_worker_pool_would_idle() -> None:
-    everything = splitter().choose(work(chunks=(prompt(8000),)))
-    beside_host = splitter().choose(work(chunks=(prompt(8000),), host=(1024,) * 60))
-    assert sum(everything.prefill_rows) == 8000
-    assert 256 <= sum(beside_host.prefill_rows) < 4000
+@pytest.mark.parametrize("pace", [5.0, 10.0, 20.0])
+def test_host_rows_count_for_the_pace_as_far_as_their_lap_gets(pace: float) -> None:
+    choice = splitter().choose(work(chunks=(prompt(8000),), host=(1024,) * 60, pace=pace))
+    assert any(choice.num_host)
+    decodes = 18 + 60 * min(1.0, choice.lap_steps / NUM_STEPS)
+    assert choice.decode_rows == pytest.approx(decodes)
+    assert 0.75 * pace * decodes <= sum(choice.prefill_rows) <= max(256, 1.15 * pace * decodes)
 
 
 @pytest.mark.parametrize("target_ms", [100, 2500, 3500, None])
 def test_a_target_for_prompts_bounds_how_far_they_are_spread(target_ms: float | None) -> None:
     cuts = splitter(target_ttft_us=None if target_ms is None else target_ms * 1e3)
-    choice = cuts.choose(work(chunks=(prompt(8000),), host=(1024,) * 60))
+    choice = cuts.choose(work(chunks=(prompt(8000),), host=(1024,) * 60, pace=20.0))
     rows = sum(choice.prefill_rows)
     if target_ms is None:
         assert rows < 4000
@@ -96,8 +119,8 @@ def test_a_target_for_prompts_bounds_how_far_they_are_spread(target_ms: float | 
 
 
 def test_one_prompt_is_divided_so_that_host_rows_need_no_read_of_the_weights_of_their_own() -> None:
-    whole = splitter().choose(work(chunks=(prompt(1000),)))
-    choice = splitter().choose(work(chunks=(prompt(1000),), host=(1024,) * 60))
+    whole = splitter().choose(work(chunks=(prompt(1000),), pace=60.0))
+    choice = splitter().choose(work(chunks=(prompt(1000),), host=(1024,) * 60, pace=60.0))
     assert min(choice.prefill_rows) > 0
     assert choice.price.total_us < 1.1 * whole.price.total_us
 
@@ -140,7 +163,8 @@ def test_never_worse_than_device_only(device: int, host: list[int], prompts: lis
     choice = chosen.choose(work(device=load, chunks=chunks, host=tuple(host)))
     assert sum(choice.num_host) in (0, len(host))
     if load.rows and any(choice.num_host):
-        device_only = chosen.choose(work(device=load, chunks=chunks))
+        same = (prompt(sum(choice.prefill_rows)),) if any(choice.prefill_rows) else ()
+        device_only = chosen.choose(work(device=load, chunks=same, pace=1e9))
         assert choice.rate > device_only.rate
     if not load.rows and host:
         assert sum(choice.num_host) == len(host)
@@ -174,13 +198,14 @@ def test_a_target_cuts_prompts_down_to_what_fits_beside_the_device_rows() -> Non
 
 
 def test_whether_host_rows_pay_depends_on_how_many_there_will_be_and_on_the_host() -> None:
-    def pays(rows: int, prompt_rows: int = 16, **rates: float) -> bool:
-        return splitter(**rates).pays(DEVICE, DEVICE, Load.host_decode(rows, rows * 1024), prompt_rows)
+    def pays(rows: int, pace: float = 0.0, **rates: float) -> bool:
+        return splitter(**rates).pays(DEVICE, DEVICE, Load.host_decode(rows, rows * 1024), pace, most_rows=2048)
 
     assert not pays(2)
     assert pays(60)
     assert not pays(60, host_gb_s=5.0)
-    assert pays(40, prompt_rows=1000)
+    assert pays(60, pace=10.0)
+    assert not pays(60, pace=80.0)  # the time goes to prompts, whoever decodes beside them
 
 
 @given(st.lists(st.integers(1, 50), max_size=8), st.integers(0, 100), st.integers(0, 100))

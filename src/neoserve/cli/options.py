@@ -34,7 +34,7 @@ HELP: dict[str, str] = {
     "host_threads": "Threads that attend on the CPU; default: the cores, less what the engine needs.",
     "host_deadline_s": "Seconds after which one hand-off to the CPU counts as failed.",
     "target_tpot_ms": "Time per output token that the scheduler must keep; default: it maximises throughput.",
-    "target_ttft_ms": "Time that prompts may take when they are spread over several iterations for the host tier.",
+    "target_ttft_ms": "Time that prompts may take when they are spread over several iterations.",
     "max_waiting": "Requests that may wait for admission; more are refused with status 429.",
 }
 FLAGS: dict[str, str] = {"host_memory_bytes": "--host-memory"}

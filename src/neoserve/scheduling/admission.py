@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from itertools import islice
+from typing import NamedTuple
 
 from neoserve.core.config import ResolvedConfig
 from neoserve.core.errors import InvalidRequestError, QueueFullError
@@ -17,6 +18,15 @@ from neoserve.scheduling.split import Splitter
 
 _FORESIGHT = 64  # waiting requests that count when judging whether host rows will pay
 _JUDGEMENT_AGE = 8  # iterations for which that judgement holds
+
+
+class Outlook(NamedTuple):
+    """reference: decode load of as many of the sequences that run and wait as the device pool could hold; of those that
+    run, if there is no device pool. balance: tokens of their prompts for each token that they will generate.
+    """
+
+    reference: Load
+    balance: float
 
 
 class Admission:
@@ -38,8 +48,8 @@ class Admission:
         self._host_would_pay = False
         self._judged_at = -_JUDGEMENT_AGE
         self._refused = ("", -1, -1)  # head of the queue, residents that left, time: nothing new since it was refused
-        self._reference = Load()
-        self._referred_at = -_JUDGEMENT_AGE
+        self._outlook = Outlook(Load(), 0.0)
+        self._looked_at = -_JUDGEMENT_AGE
 
     def add(self, request: Request) -> None:
         """Queue a request; raises `RequestTooLongError` or `QueueFullError`."""
@@ -74,15 +84,14 @@ class Admission:
         running[request.request_id] = sequence
         return sequence
 
-    def reference(self, running: Iterable[Sequence], iteration: int) -> Load:
-        """Decode load of as many of the sequences that run and wait as the device pool could hold; of those that run,
-        if there is no device pool. It changes slowly and is counted anew every few iterations."""
-        if iteration - self._referred_at >= _JUDGEMENT_AGE:
-            self._referred_at = iteration
-            self._reference = self._count_reference(running)
-        return self._reference
+    def outlook(self, running: Iterable[Sequence], iteration: int) -> Outlook:
+        """What is to be expected. It changes slowly and is found anew every few iterations."""
+        if iteration - self._looked_at >= _JUDGEMENT_AGE:
+            self._looked_at = iteration
+            self._outlook = Outlook(self._reference(running), self._balance(running))
+        return self._outlook
 
-    def _count_reference(self, running: Iterable[Sequence]) -> Load:
+    def _reference(self, running: Iterable[Sequence]) -> Load:
         device, host = _resident_load(running)
         count, tokens = device.rows + host.rows, device.device_tokens + host.host_tokens
         if not count or self._only_host:
@@ -91,18 +100,39 @@ class Admission:
         rows = max(1, min(int(self._placement.device_tokens / mean_tokens), count + len(self.waiting)))
         return Load.device_decode(rows, int(rows * mean_tokens))
 
+    def pace(self, running: Iterable[Sequence], iteration: int) -> float:
+        """Prompt rows to compute for each token that is generated: twice as many as in balance where host rows pay and
+        there are none, so that there soon are, and in balance when the worker pool has no time for more."""
+        balance = self.outlook(running, iteration).balance
+        if not self._host_would_pay:
+            return balance
+        device, host = _resident_load(running)
+        used = self._cost.host_lap_us(host) / self._splitter.host_lap_limit_us(device)
+        return balance * max(1.0, 2.0 - used)
+
+    def _balance(self, running: Iterable[Sequence]) -> float:
+        prompts = answers = 0
+        for sequence in running:
+            prompts += sequence.given
+            answers += sequence.max_new_tokens
+        for request in islice(self.waiting.values(), _FORESIGHT):
+            prompts += len(request.prompt_token_ids)
+            answers += self._placement.max_new_tokens(request)
+        return prompts / max(1.0, answers * self._placement.expected_share)
+
     def _host_pays(self, running: Iterable[Sequence], iteration: int) -> bool:
         """Whether the head of the queue should go to the host: as many host rows as there could soon be would pay,
         and those that there are leave the worker pool time for one more."""
         device, host = _resident_load(running)
-        head = len(next(iter(self.waiting.values())).prompt_token_ids)
         limit_us = self._splitter.host_lap_limit_us(device)
         if iteration - self._judged_at >= _JUDGEMENT_AGE:
             self._judged_at = iteration
             future = self._future_host_load(host, limit_us)
-            reference = self.reference(running, iteration)
-            prompt_rows = min(head, self._max_rows)
-            self._host_would_pay = future.rows > 0 and self._splitter.pays(reference, device, future, prompt_rows)
+            reference, balance = self.outlook(running, iteration)
+            self._host_would_pay = future.rows > 0 and self._splitter.pays(
+                reference, device, future, balance, self._max_rows
+            )
+        head = len(next(iter(self.waiting.values())).prompt_token_ids)
         return self._host_would_pay and self._cost.host_lap_us(host + Load.host_decode(1, head)) <= limit_us
 
     def _future_host_load(self, host: Load, limit_us: float) -> Load:

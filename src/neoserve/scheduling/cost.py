@@ -276,13 +276,12 @@ class CostModel:
             x0, y0 = self.table.linear.points[-2]
         return self._num_layers * ((y1 - y0) / (x1 - x0) if x1 > x0 else y1 / max(1.0, x1))
 
-    def efficient_rows(self) -> int:
-        """The fewest rows, in steps of 64, at which a row costs at most a fifth more than among very many."""
-        row_us = self.prefill_row_us() / self._num_layers
-        rows = 64
-        while rows < 8192 and self.table.linear.at(rows) > 1.2 * row_us * rows:
-            rows += 64
-        return rows
+    def ridge_rows(self) -> int:
+        """Where reading the weights and multiplying by them take about as long: of the prompt rows, in steps of 64,
+        that an iteration could compute beside a few decodes, those that save the most of its time. Each saves what a
+        row costs among very many, and all together what a lap of few rows costs."""
+        row_us, lap_us = self.prefill_row_us() / self._num_layers, self.table.linear.at(1)
+        return max(range(64, 1025, 64), key=lambda rows: (rows * row_us + lap_us) / self.table.linear.at(rows))
 
     def observe(self, price: Price, measured_us: float) -> None:
         """Compare a price with what the iteration took and correct later prices of its kind."""

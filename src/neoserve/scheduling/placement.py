@@ -89,6 +89,11 @@ class Placement:
         self._mean_share += max(_SHARE_WEIGHT, 1 / (self._num_learned + _SHARE_PRIOR)) * (share - self._mean_share)
         self._share = min(1.0, _SHARE_MARGIN * self._mean_share)
 
+    @property
+    def expected_share(self) -> float:
+        """Of the tokens that it might generate, how many a sequence is expected to."""
+        return self._share if self._policy.expected_share is None else self._policy.expected_share
+
     def begin(self, iteration: int) -> None:
         """Forget the migrations of the iteration before."""
         self.migrations, self.departures = [], []
@@ -186,8 +191,7 @@ class Placement:
         """Nobody waits there, it stays safe, and nobody is expected to have to wait."""
         if self._paused[tier] or not self.kv.can_enter(tier, held, worst):
             return False
-        share = self._policy.expected_share
-        return self.kv.fits_ahead(tier, held, worst, self._share if share is None else share)
+        return self.kv.fits_ahead(tier, held, worst, self.expected_share)
 
     def _make_room(self, sequence: Sequence, running: Ordered[Sequence]) -> bool:
         """Find a block for a sequence whose pool has none to spare; whether it got it."""

@@ -235,12 +235,12 @@ class Scheduler:
 
     def _choose(self, device: list[Sequence], host: list[Sequence], chunks: list[Chunk]) -> Choice:
         lap = self._host_lap
+        running = self._running.values()
         work = Work(
-            reference=self._admission.reference(self._running.values(), self._num_iterations)
-            if lap or host
-            else Load(),
+            reference=self._admission.outlook(running, self._num_iterations).reference,
             device=Load.device_decode(len(device), sum(s.computed for s in device) + len(device)),
             chunks=tuple(chunks),
+            pace=self._admission.pace(running, self._num_iterations) if chunks else 0.0,
             host_tokens=() if lap else tuple(s.computed + 1 for s in host),
             lap=lap.load if lap else None,
             lap_step=lap.next_step if lap else 0,

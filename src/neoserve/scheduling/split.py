@@ -22,6 +22,7 @@ from neoserve.scheduling.cost import CostModel, Load, Price
 from neoserve.scheduling.policy import Policy
 
 _RATIOS = (1, 2, 3, 4, 5, 6, 8, 11)  # iterations that a host lap may take, tried in this order
+_BALANCING_ROUNDS = 3  # of prompt rows, how far the host lap gets, and again
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Work:
     """What an iteration could do.
 
     reference: decode rows of as many sequences as the device pool could hold. device: all decode rows of DEVICE
-    sequences. chunks: of prompts, oldest first.
+    sequences. chunks: of prompts, oldest first. pace: prompt rows to compute for each token that is generated.
     host_tokens: KV tokens of each HOST sequence that could decode, in the order in which they go to sub-batch 1.
     lap, lap_step: the host lap in flight in sub-batch 1 and its next step.
     must_run_host: host rows have waited long enough.
@@ -48,6 +49,7 @@ class Work:
     reference: Load
     device: Load
     chunks: tuple[Chunk, ...]
+    pace: float
     host_tokens: tuple[int, ...]
     lap: Load | None
     lap_step: int
@@ -60,14 +62,21 @@ class Choice:
 
     prefill_rows: the most rows of the chunks that go to each sub-batch (`deal`). num_host: HOST sequences that begin
     a lap in each; the first num_host[1] of them go to sub-batch 1. lap_steps: steps that sub-batch 1 advances, begun
-    now or earlier. rate: worth over time, 1 where everything costs what it is worth.
+    now or earlier. decode_rows: tokens that its decodes generate, of a lap that goes on as large a part as it gets
+    done. rate: worth over time, 1 where everything costs what it is worth.
     """
 
     prefill_rows: tuple[int, int]
     num_host: tuple[int, int]
     lap_steps: int
     price: Price
+    decode_rows: float
     rate: float
+
+    def lasting_rate(self, pace: float) -> float:
+        """Tokens generated in a microsecond, as far as `pace` prompt rows come with each."""
+        lasting = min(self.decode_rows, sum(self.prefill_rows) / pace) if pace else self.decode_rows
+        return lasting / self.price.total_us
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +123,7 @@ class Splitter:
     """Prices the candidates of an iteration and takes the best.
 
     target_us: what the interval between two tokens of a sequence may be; `None` for throughput.
-    target_ttft_us: what the prompts of an iteration may take together if their rows are put off for a better rate.
+    target_ttft_us: what the prompts of an iteration may take together when they are spread over several.
     """
 
     def __init__(
@@ -130,7 +139,7 @@ class Splitter:
         self._policy = policy
         self._target_us = target_us
         self._target_ttft_us = math.inf if target_ttft_us is None else target_ttft_us
-        self._efficient_rows = cost.efficient_rows()
+        self._ridge_rows = cost.ridge_rows()
         self._prefill_row_us = cost.prefill_row_us()
         self._ratios = (*(ratio for ratio in _RATIOS if ratio < policy.slowest_ratio), policy.slowest_ratio)
 
@@ -138,38 +147,61 @@ class Splitter:
         """The best candidate; never one with host rows that is predicted worse than device-only, unless host rows
         must progress now.
 
-        Beside host rows, prompts are taken out again, down to where the linear layers are still efficient, if that
-        has the better rate: a long prefill leaves the worker pool idle and makes every decode wait. At the pace of this
-        iteration the prompts must still be done within the target for them.
+        Beside decodes, prompts are computed at the pace at which sequences that end make room for them, so that
+        iterations are alike: a long prefill keeps every decode waiting, and the laps after it read the weights for a
+        few rows only. But no fewer rows than the ridge point, and so many that all are done within their target.
         """
         pricing = self._pricing(work)
-        full = self._within_target(pricing, sum(chunk.count for chunk in work.chunks))
-        if not (work.host_tokens or work.lap):
-            return pricing.price((full, 0), 0, 0, 0)
-        best = self._with_host(pricing, full)
-        while best.lap_steps or any(best.num_host):
-            fewer = sum(best.prefill_rows) // 2
-            if fewer < self._efficient_rows:
+        available = self._within_target(pricing, sum(chunk.count for chunk in work.chunks))
+        if not (available and (work.device.rows or work.host_tokens or work.lap)):
+            return self._with_prompts(pricing, available)
+        choice = self._in_balance(pricing, work.reference.rows, self._ridge_rows, available)
+        while (rows := sum(choice.prefill_rows)) < available:
+            if available / rows * choice.price.total_us <= self._target_ttft_us:
                 break
-            choice = self._with_host(pricing, fewer)
-            prompts_us = full / fewer * choice.price.total_us
-            if choice.rate <= best.rate * self._policy.cut_gain or prompts_us > self._target_ttft_us:
+            choice = self._with_prompts(pricing, min(available, 2 * rows))
+        return choice
+
+    def _in_balance(self, pricing: _Pricing, decode_rows: float, fewest: int, most: int) -> Choice:
+        """The candidate with as many prompt rows as keep pace with its decodes, and at least with a full device
+        pool's. decode_rows: a first guess."""
+        work = pricing.work
+        rows, choice = -1, None
+        for _ in range(_BALANCING_ROUNDS):
+            wanted = min(most, max(fewest, round(work.pace * decode_rows)))
+            if choice and abs(wanted - rows) <= rows // 8:
                 break
-            best = choice
-        return best
+            rows, choice = wanted, self._with_prompts(pricing, wanted)
+            decode_rows = max(work.reference.rows, choice.decode_rows)
+        assert choice is not None
+        return choice
 
-    def _with_host(self, pricing: _Pricing, prefill_rows: int) -> Choice:
-        return (self._advance_lap if pricing.work.lap else self._begin_lap)(pricing, prefill_rows)
+    def _with_prompts(self, pricing: _Pricing, prefill_rows: int) -> Choice:
+        if pricing.work.lap:
+            return self._advance_lap(pricing, prefill_rows)
+        if pricing.work.host_tokens:
+            return self._begin_lap(pricing, prefill_rows)
+        return pricing.price((prefill_rows, 0), 0, 0, 0)
 
-    def pays(self, reference: Load, device: Load, host: Load, prompt_rows: int) -> bool:
-        """Whether laps of these host rows beside these device rows beat device-only by far, with a prompt of
-        `prompt_rows` rows to compute and without: who enters has to be served on when there are no more prompts."""
-        for chunks in ((), (Chunk(Tier.HOST, 0, prompt_rows, samples=True),)):
-            pricing = self._pricing(Work(reference, device, chunks, (), host, 0, must_run_host=False))
-            rows = prompt_rows if chunks else 0
-            pipelined = self._best_ratio(pricing, rows)
-            device_only = pricing.device_only(rows)
-            if not pipelined or (device_only and pipelined.rate <= self._policy.entry_gain * device_only.rate):
+    def pays(self, reference: Load, device: Load, host: Load, pace: float, most_rows: int) -> bool:
+        """Whether laps of these host rows beside these device rows generate far more tokens than device-only, both
+        with prompts that keep pace, up to `most_rows` in an iteration, and without: who enters has to be served on
+        when there are no more prompts."""
+        prompts = (Chunk(Tier.HOST, 0, most_rows, samples=True),)
+        host_tokens = (host.host_tokens // host.rows,) * host.rows
+        for work in (
+            Work(reference, device, (), 0.0, host_tokens, None, 0, must_run_host=False),
+            Work(reference, device, prompts, pace, host_tokens, None, 0, must_run_host=False),
+        ):
+            pricing = self._pricing(work)
+            most = most_rows if work.chunks else 0
+            pipelined = self._in_balance(pricing, device.rows + host.rows, 0, most)
+            device_only = pricing.device_only(min(most, round(work.pace * device.rows)))
+            if not self._meets_target(pipelined):
+                return False
+            if device_only and pipelined.lasting_rate(work.pace) <= self._policy.entry_gain * device_only.lasting_rate(
+                work.pace
+            ):
                 return False
         return True
 
@@ -321,17 +353,20 @@ class _Pricing:
             second += self._host_load(0, num_second)
         if work.lap:
             second = work.lap
-        spans, loads, worth_us = [], {}, 0.0
+        spans, loads, all_rows, all_prefill_rows = [], {}, 0.0, 0.0
         if first.rows:
             spans.append(Span(0, 0, self._num_steps, num_first > 0))
             loads[0] = first
-            worth_us += self._worth_us(first)
+            all_rows, all_prefill_rows = first.rows, first.prefill_rows
         if lap_steps:
             spans.append(Span(1, work.lap_step, work.lap_step + lap_steps, second.host_rows > 0))
             loads[1] = second
-            worth_us += self._worth_us(second) * lap_steps / self._num_steps
+            part = lap_steps / self._num_steps
+            all_rows, all_prefill_rows = all_rows + part * second.rows, all_prefill_rows + part * second.prefill_rows
         price = self._cost.price(spans, loads)
-        return Choice(prefill_rows, (num_first, num_second), lap_steps, price, worth_us / price.total_us)
+        decode_rows = all_rows - all_prefill_rows
+        worth_us = decode_rows * self._decode_us + all_prefill_rows * self._prefill_row_us
+        return Choice(prefill_rows, (num_first, num_second), lap_steps, price, decode_rows, worth_us / price.total_us)
 
     def device_only(self, prefill_rows: int) -> Choice | None:
         """The candidate without any host rows; `None` if there is nothing else."""
@@ -340,9 +375,6 @@ class _Pricing:
         if prefill_rows not in self._device_only:
             self._device_only[prefill_rows] = self.price((prefill_rows, 0), 0, 0, 0)
         return self._device_only[prefill_rows]
-
-    def _worth_us(self, load: Load) -> float:
-        return (load.rows - load.prefill_rows) * self._decode_us + load.prefill_rows * self._prefill_row_us
 
     def _prefill_loads(self, limits: tuple[int, int]) -> tuple[Load, Load]:
         if limits not in self._prefill:
