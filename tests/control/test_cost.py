@@ -195,8 +195,22 @@ def test_rough_numbers_show_what_was_measured_on_the_machine_that_they_describe(
     assert tokens_per_us(1, 14) < 18 / alone < tokens_per_us(4, 56)
 
 
+H200_LINEAR_US = ((1, 415.0), (64, 447.0), (128, 504.0), (256, 723.0), (512, 1414.0), (1024, 2675.0), (2048, 5266.0))
+
+
+def ridge_rows(linear: tuple[tuple[int, float], ...], launch_us: float = 1.0) -> int:
+    costs = table(linear=Curve(linear), prefill_us_per_pair=0.0, launch_us=launch_us)
+    return CostModel(costs, LARGE).ridge_rows(Load.device_decode(16, 0))
+
+
 @pytest.mark.parametrize("noise", [0.97, 1.0, 1.03])
 def test_the_ridge_point_hardly_depends_on_the_noise_of_one_measurement(noise: float) -> None:
-    """Prompts are cut down to it, so a leap from 128 to 512 rows would change every program."""
-    measured = ((1, 415), (64, 447), (128, 504 / noise), (256, 723 * noise), (512, 1414), (1024, 2675), (2048, 5266))
-    assert CostModel(table(linear=Curve(measured)), LARGE).ridge_rows() in (128, 192, 256)
+    """Prompts are cut down to it: a leap from 128 to 512 rows would change every program."""
+    noisy = tuple(
+        [(rows, us * noise if rows == 256 else us / noise if rows == 128 else us) for rows, us in H200_LINEAR_US]
+    )
+    assert ridge_rows(noisy) in (128, 192, 256)
+
+
+def test_laps_that_take_long_to_launch_have_their_ridge_point_at_more_rows() -> None:
+    assert ridge_rows(H200_LINEAR_US, launch_us=400.0) > ridge_rows(H200_LINEAR_US)

@@ -197,15 +197,23 @@ def test_a_target_cuts_prompts_down_to_what_fits_beside_the_device_rows() -> Non
     assert choice.price.total_us <= 120_000
 
 
-def test_whether_host_rows_pay_depends_on_how_many_there_will_be_and_on_the_host() -> None:
-    def pays(rows: int, pace: float = 0.0, **rates: float) -> bool:
-        return splitter(**rates).pays(DEVICE, DEVICE, Load.host_decode(rows, rows * 1024), pace, most_rows=2048)
+def rows_worth_having(rows: int, balance: float = 0.0, **rates: float) -> int:
+    host = Load.host_decode(rows, rows * 1024)
+    return splitter(**rates).rows_worth_having(DEVICE, DEVICE, host, balance, most_rows=2048)
 
-    assert not pays(2)
-    assert pays(60)
-    assert not pays(60, host_gb_s=5.0)
-    assert pays(60, pace=10.0)
-    assert not pays(60, pace=80.0)  # the time goes to prompts, whoever decodes beside them
+
+def test_whether_host_rows_pay_depends_on_how_many_there_will_be_and_on_the_host() -> None:
+    assert not rows_worth_having(2)
+    assert rows_worth_having(60)
+    assert not rows_worth_having(60, host_gb_s=5.0)
+    assert rows_worth_having(60, balance=10.0)
+    assert not rows_worth_having(60, balance=80.0)  # the time goes to prompts, whoever decodes beside them
+
+
+def test_no_more_host_rows_are_worth_having_than_generate_more_tokens() -> None:
+    """Where prompts fill the device's time, iterations with more host rows are longer and do hardly more in it."""
+    assert rows_worth_having(100, balance=5.0) < 100
+    assert rows_worth_having(100, balance=5.0) <= rows_worth_having(100, balance=1.0)
 
 
 @given(st.lists(st.integers(1, 50), max_size=8), st.integers(0, 100), st.integers(0, 100))

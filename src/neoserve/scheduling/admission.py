@@ -17,7 +17,8 @@ from neoserve.scheduling.sequence import Sequence
 from neoserve.scheduling.split import Splitter
 
 _FORESIGHT = 64  # waiting requests that count when judging whether host rows will pay
-_JUDGEMENT_AGE = 8  # iterations for which that judgement holds
+_HOST_JUDGEMENT_AGE = 32  # iterations for which that judgement holds
+_JUDGEMENT_AGE = 8  # iterations for which all else does
 
 
 class Outlook(NamedTuple):
@@ -45,8 +46,8 @@ class Admission:
         self._placement = placement
         self._cost = cost
         self._splitter = splitter
-        self._host_would_pay = False
-        self._judged_at = -_JUDGEMENT_AGE
+        self._host_rows_wanted = 0
+        self._judged_at = -_HOST_JUDGEMENT_AGE
         self._refused = ("", -1, -1)  # head of the queue, residents that left, time: nothing new since it was refused
         self._outlook = Outlook(Load(), 0.0)
         self._looked_at = -_JUDGEMENT_AGE
@@ -101,14 +102,13 @@ class Admission:
         return Load.device_decode(rows, int(rows * mean_tokens))
 
     def pace(self, running: Iterable[Sequence], iteration: int) -> float:
-        """Prompt rows to compute for each token that is generated: twice as many as in balance where host rows pay and
-        there are none, so that there soon are, and in balance when the worker pool has no time for more."""
+        """Prompt rows to compute for each token that is generated: in balance, and up to twice as many while there are
+        fewer host rows than wanted."""
         balance = self.outlook(running, iteration).balance
-        if not self._host_would_pay:
+        if not self._host_rows_wanted:
             return balance
-        device, host = _resident_load(running)
-        used = self._cost.host_lap_us(host) / self._splitter.host_lap_limit_us(device)
-        return balance * max(1.0, 2.0 - used)
+        _, host = _resident_load(running)
+        return balance * max(1.0, 2.0 - host.rows / self._host_rows_wanted)
 
     def _balance(self, running: Iterable[Sequence]) -> float:
         prompts = answers = 0
@@ -121,19 +121,24 @@ class Admission:
         return prompts / max(1.0, answers * self._placement.expected_share)
 
     def _host_pays(self, running: Iterable[Sequence], iteration: int) -> bool:
-        """Whether the head of the queue should go to the host: as many host rows as there could soon be would pay,
-        and those that there are leave the worker pool time for one more."""
+        """Whether the head of the queue should go to the host: of as many host rows as there could soon be, more would
+        be worth having than there are, and those leave the worker pool time for one more."""
         device, host = _resident_load(running)
         limit_us = self._splitter.host_lap_limit_us(device)
-        if iteration - self._judged_at >= _JUDGEMENT_AGE:
+        if iteration - self._judged_at >= _HOST_JUDGEMENT_AGE:
             self._judged_at = iteration
             future = self._future_host_load(host, limit_us)
             reference, balance = self.outlook(running, iteration)
-            self._host_would_pay = future.rows > 0 and self._splitter.pays(
-                reference, device, future, balance, self._max_rows
+            self._host_rows_wanted = (
+                self._splitter.rows_worth_having(
+                    reference, device, future, balance, self._max_rows, begun=self._host_rows_wanted > 0
+                )
+                if future.rows
+                else 0
             )
         head = len(next(iter(self.waiting.values())).prompt_token_ids)
-        return self._host_would_pay and self._cost.host_lap_us(host + Load.host_decode(1, head)) <= limit_us
+        has_time = self._cost.host_lap_us(host + Load.host_decode(1, head)) <= limit_us
+        return host.rows < self._host_rows_wanted and has_time
 
     def _future_host_load(self, host: Load, limit_us: float) -> Load:
         """The host rows if as many waiting requests as there is time for went to the host."""

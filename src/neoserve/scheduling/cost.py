@@ -230,6 +230,9 @@ class Correction:
         self.factor = min(max(old * (seen / old) ** self._WEIGHT, 1 / self._RANGE), self._RANGE)
 
 
+_RIDGE_ROWS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # compared
+
+
 class CostModel:
     """Prices iterations, and learns what they take: a factor for each kind of them, and one for the worker pool."""
 
@@ -276,12 +279,17 @@ class CostModel:
             x0, y0 = self.table.linear.points[-2]
         return self._num_layers * ((y1 - y0) / (x1 - x0) if x1 > x0 else y1 / max(1.0, x1))
 
-    def ridge_rows(self) -> int:
-        """Where reading the weights and multiplying by them take about as long: of the prompt rows, in steps of 64,
-        that an iteration could compute beside a few decodes, those that save the most of its time. Each saves what a
-        row costs among very many, and all together what a lap of few rows costs."""
-        row_us, lap_us = self.prefill_row_us() / self._num_layers, self.table.linear.at(1)
-        return max(range(64, 1025, 64), key=lambda rows: (rows * row_us + lap_us) / self.table.linear.at(rows))
+    def ridge_rows(self, decodes: Load) -> int:
+        """Where a lap is no more bound by its reads and its launches and not yet by arithmetic: of the prompt rows that
+        it could compute beside these decodes, those that save the most of its time. Each row saves what it costs among
+        very many, and all together a lap of the decodes alone."""
+
+        def lap_us(rows: int) -> float:
+            load = decodes + Load.prefill(Tier.DEVICE, 0, rows, samples=False) if rows else decodes
+            return self.price((Span(0, 0, self._num_layers + 1, False),), {0: load}).table_us
+
+        row_us, decodes_us = self.prefill_row_us(), lap_us(0)
+        return max(_RIDGE_ROWS, key=lambda rows: (rows * row_us + decodes_us) / lap_us(rows))
 
     def observe(self, price: Price, measured_us: float) -> None:
         """Compare a price with what the iteration took and correct later prices of its kind."""

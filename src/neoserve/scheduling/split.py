@@ -23,6 +23,7 @@ from neoserve.scheduling.policy import Policy
 
 _RATIOS = (1, 2, 3, 4, 5, 6, 8, 11)  # iterations that a host lap may take, tried in this order
 _BALANCING_ROUNDS = 3  # of prompt rows, how far the host lap gets, and again
+_FEWER, _MOST_NUMBERS = 0.7, 7  # numbers of host rows that are compared: each so much less than the one before
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ class Splitter:
         self._policy = policy
         self._target_us = target_us
         self._target_ttft_us = math.inf if target_ttft_us is None else target_ttft_us
-        self._ridge_rows = cost.ridge_rows()
+        self._ridge = (Load(), 0)  # a reference load, and the ridge point beside it
         self._prefill_row_us = cost.prefill_row_us()
         self._ratios = (*(ratio for ratio in _RATIOS if ratio < policy.slowest_ratio), policy.slowest_ratio)
 
@@ -155,12 +156,17 @@ class Splitter:
         available = self._within_target(pricing, sum(chunk.count for chunk in work.chunks))
         if not (available and (work.device.rows or work.host_tokens or work.lap)):
             return self._with_prompts(pricing, available)
-        choice = self._in_balance(pricing, work.reference.rows, self._ridge_rows, available)
+        choice = self._in_balance(pricing, work.reference.rows, self._ridge_rows(work.reference), available)
         while (rows := sum(choice.prefill_rows)) < available:
             if available / rows * choice.price.total_us <= self._target_ttft_us:
                 break
             choice = self._with_prompts(pricing, min(available, 2 * rows))
         return choice
+
+    def _ridge_rows(self, reference: Load) -> int:
+        if self._ridge[0] is not reference:
+            self._ridge = (reference, self._cost.ridge_rows(reference))
+        return self._ridge[1]
 
     def _in_balance(self, pricing: _Pricing, decode_rows: float, fewest: int, most: int) -> Choice:
         """The candidate with as many prompt rows as keep pace with its decodes, and at least with a full device
@@ -183,27 +189,36 @@ class Splitter:
             return self._begin_lap(pricing, prefill_rows)
         return pricing.price((prefill_rows, 0), 0, 0, 0)
 
-    def pays(self, reference: Load, device: Load, host: Load, pace: float, most_rows: int) -> bool:
-        """Whether laps of these host rows beside these device rows generate far more tokens than device-only, both
-        with prompts that keep pace, up to `most_rows` in an iteration, and without: who enters has to be served on
-        when there are no more prompts."""
+    def rows_worth_having(
+        self, reference: Load, device: Load, host: Load, balance: float, most_rows: int, *, begun: bool = False
+    ) -> int:
+        """How many of these host rows are worth having beside these device rows: as few as generate nearly as many
+        tokens a second as the best number, and 0 where that is not far better than device-only, or not better any
+        more once host rows have `begun` to run: a few of them are worse than none and than many.
+
+        Both with `balance` prompt rows for each token, up to `most_rows` in an iteration, and without: who enters has
+        to be served on when there are no more prompts.
+        """
+        tokens = host.host_tokens // host.rows
         prompts = (Chunk(Tier.HOST, 0, most_rows, samples=True),)
-        host_tokens = (host.host_tokens // host.rows,) * host.rows
-        for work in (
-            Work(reference, device, (), 0.0, host_tokens, None, 0, must_run_host=False),
-            Work(reference, device, prompts, pace, host_tokens, None, 0, must_run_host=False),
-        ):
+
+        def rate(num_host: int, chunks: tuple[Chunk, ...]) -> float:
+            pace, most = (balance, most_rows) if chunks else (0.0, 0)
+            work = Work(reference, device, chunks, pace, (tokens,) * num_host, None, 0, must_run_host=False)
             pricing = self._pricing(work)
-            most = most_rows if work.chunks else 0
-            pipelined = self._in_balance(pricing, device.rows + host.rows, 0, most)
-            device_only = pricing.device_only(min(most, round(work.pace * device.rows)))
-            if not self._meets_target(pipelined):
-                return False
-            if device_only and pipelined.lasting_rate(work.pace) <= self._policy.entry_gain * device_only.lasting_rate(
-                work.pace
-            ):
-                return False
-        return True
+            if num_host:
+                choice = self._in_balance(pricing, device.rows + num_host, 0, most)
+                return choice.lasting_rate(pace) if self._meets_target(choice) else 0.0
+            device_only = pricing.device_only(min(most, round(pace * device.rows)))
+            return device_only.lasting_rate(pace) if device_only else 0.0
+
+        numbers = sorted({math.ceil(host.rows * _FEWER**i) for i in range(_MOST_NUMBERS)})
+        rates = {number: rate(number, prompts) for number in numbers}
+        enough = self._policy.near_best * max(rates.values())
+        fewest = min(number for number in numbers if rates[number] >= enough)
+        gain = self._policy.min_gain if begun else self._policy.entry_gain
+        pays = rates[fewest] > gain * rate(0, prompts) and rate(fewest, ()) > gain * rate(0, ())
+        return fewest if pays else 0
 
     def host_lap_limit_us(self, device: Load) -> float:
         """How long the worker pool may take for a lap of all host sequences, for them to keep their interval."""
