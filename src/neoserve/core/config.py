@@ -39,7 +39,7 @@ class EngineConfig:
     device_kv_tokens: size of the device pool in tokens. host_memory_bytes: size of the host pool.
     host_threads: worker threads of the host tier. host_deadline_s: how long one hand-off may take.
     target_tpot_ms / target_ttft_ms: latency targets for the scheduler; without them it maximises throughput. The first
-        bounds the interval between tokens, the second the time for which prompts are put off for the host tier's sake.
+        bounds the interval between tokens, the second the time that prompts take which are spread over iterations.
     max_waiting: requests that may wait for admission before new ones are refused.
     """
 

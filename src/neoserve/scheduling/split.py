@@ -23,7 +23,7 @@ from neoserve.scheduling.policy import Policy
 
 _RATIOS = (1, 2, 3, 4, 5, 6, 8, 11)  # iterations that a host lap may take, tried in this order
 _BALANCING_ROUNDS = 3  # of prompt rows, how far the host lap gets, and again
-_FEWER, _MOST_NUMBERS = 0.7, 7  # numbers of host rows that are compared: each so much less than the one before
+_FEWER, _MOST_NUMBERS = 0.7, 4  # numbers of host rows that are compared: each so much less than the one before
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,13 +212,12 @@ class Splitter:
             device_only = pricing.device_only(min(most, round(pace * device.rows)))
             return device_only.lasting_rate(pace) if device_only else 0.0
 
+        gain = self._policy.min_gain if begun else self._policy.entry_gain
         numbers = sorted({math.ceil(host.rows * _FEWER**i) for i in range(_MOST_NUMBERS)})
         rates = {number: rate(number, prompts) for number in numbers}
-        enough = self._policy.near_best * max(rates.values())
-        fewest = min(number for number in numbers if rates[number] >= enough)
-        gain = self._policy.min_gain if begun else self._policy.entry_gain
-        pays = rates[fewest] > gain * rate(0, prompts) and rate(fewest, ()) > gain * rate(0, ())
-        return fewest if pays else 0
+        enough = max(self._policy.near_best * max(rates.values()), gain * rate(0, prompts))
+        fewest = min((number for number in numbers if rates[number] > enough), default=0)
+        return fewest if fewest and rate(fewest, ()) > gain * rate(0, ()) else 0
 
     def host_lap_limit_us(self, device: Load) -> float:
         """How long the worker pool may take for a lap of all host sequences, for them to keep their interval."""
