@@ -171,6 +171,24 @@ def test_host_only_splits_its_decodes_over_both_sub_batches_when_that_is_faster(
     assert all(span.num_steps == LARGE.num_layers + 1 for plan in loop.plans for span in plan.spans)
 
 
+def test_while_requests_wait_prompts_are_spread_over_all_iterations() -> None:
+    """Decode-only laps between large prefills would read the weights for a few rows each."""
+    settings = config(
+        shape=LARGE, offload="off", device_blocks=1200, host_blocks=0, max_num_seqs=64, max_num_batched_tokens=2048,
+        max_model_len=2048,
+    )  # fmt: skip
+    loop = Loop(scheduler_for(settings), Machine(settings))
+    for n in range(80):
+        loop.scheduler.add(request(f"r{n}", 1000, 100))
+    prompt_rows = []
+    while loop.scheduler.num_waiting:
+        loop.step()
+        prompt_rows.append(sum(rows.count for sub_batch in loop.plans[-1].begins for rows in sub_batch.prefill))
+    steady = prompt_rows[len(prompt_rows) // 4 :]
+    assert sum(rows > 0 for rows in steady) > 0.7 * len(steady)
+    assert max(steady) <= 512
+
+
 def test_laps_that_last_are_advanced_to_their_end() -> None:
     settings = config(
         shape=LARGE, device_blocks=600, host_blocks=9000, max_num_seqs=128, max_num_batched_tokens=2048,
