@@ -285,7 +285,7 @@ class CostModel:
         very many, and all together a lap of the decodes alone."""
 
         def lap_us(rows: int) -> float:
-            load = decodes + Load.prefill(Tier.DEVICE, 0, rows, samples=False) if rows else decodes
+            load = decodes + Load.prefill(Tier.DEVICE, 0, rows, samples=False)
             return self.price((Span(0, 0, self._num_layers + 1, False),), {0: load}).table_us
 
         row_us, decodes_us = self.prefill_row_us(), lap_us(0)

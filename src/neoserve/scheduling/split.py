@@ -202,22 +202,21 @@ class Splitter:
         tokens = host.host_tokens // host.rows
         prompts = (Chunk(Tier.HOST, 0, most_rows, samples=True),)
 
-        def rate(num_host: int, chunks: tuple[Chunk, ...]) -> float:
-            pace, most = (balance, most_rows) if chunks else (0.0, 0)
-            work = Work(reference, device, chunks, pace, (tokens,) * num_host, None, 0, must_run_host=False)
+        def rate(num_host: int, pace: float) -> float:
+            work = Work(reference, device, prompts, pace, (tokens,) * num_host, None, 0, must_run_host=False)
             pricing = self._pricing(work)
             if num_host:
-                choice = self._in_balance(pricing, device.rows + num_host, 0, most)
+                choice = self._in_balance(pricing, device.rows + num_host, 0, most_rows)
                 return choice.lasting_rate(pace) if self._meets_target(choice) else 0.0
-            device_only = pricing.device_only(min(most, round(pace * device.rows)))
+            device_only = pricing.device_only(min(most_rows, round(pace * device.rows)))
             return device_only.lasting_rate(pace) if device_only else 0.0
 
         gain = self._policy.min_gain if begun else self._policy.entry_gain
         numbers = sorted({math.ceil(host.rows * _FEWER**i) for i in range(_MOST_NUMBERS)})
-        rates = {number: rate(number, prompts) for number in numbers}
-        enough = max(self._policy.near_best * max(rates.values()), gain * rate(0, prompts))
+        rates = {number: rate(number, balance) for number in numbers}
+        enough = max(self._policy.near_best * max(rates.values()), gain * rate(0, balance))
         fewest = min((number for number in numbers if rates[number] > enough), default=0)
-        return fewest if fewest and rate(fewest, ()) > gain * rate(0, ()) else 0
+        return fewest if fewest and rate(fewest, 0.0) > gain * rate(0, 0.0) else 0
 
     def host_lap_limit_us(self, device: Load) -> float:
         """How long the worker pool may take for a lap of all host sequences, for them to keep their interval."""
