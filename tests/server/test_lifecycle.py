@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import subprocess
@@ -142,6 +143,16 @@ def test_what_cannot_run_is_one_line_and_exit_code_2(flags: list[str], pattern: 
     ended = neo("serve", "--port", "0", *flags)
     assert ended.returncode == 2
     assert pattern in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_start_that_fails_while_libraries_are_imported_is_one_line_too(tmp_path: Path) -> None:
+    (tmp_path / "transformers.py").write_text("raise RuntimeError('cannot schedule new futures after shutdown')")
+    ended = neo(
+        "serve", "--port", "0", "/no/such/model", env={"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    )
+    assert ended.returncode == 2
+    assert "/no/such/model" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 

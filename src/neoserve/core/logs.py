@@ -4,7 +4,10 @@ import logging
 
 
 def log_to_stderr() -> None:
-    """Write records from INFO on to standard error; for programs of ours, not for users of the library."""
-    logging.basicConfig(format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    for noisy in ("httpx", "uvicorn.error"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    """Write our records and the requests served, from INFO on, and warnings of libraries to standard error.
+
+    For programs of ours, not for users of the library.
+    """
+    logging.basicConfig(format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    for ours in ("neoserve", "uvicorn.access"):
+        logging.getLogger(ours).setLevel(logging.INFO)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import threading
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -115,7 +114,7 @@ class RemoteEngine(EngineClient):
         process = await EngineProcess.spawn()
         try:
             process.send(Start(config))
-            threading.Thread(target=import_tokenizers, daemon=True).start()
+            asyncio.get_running_loop().run_in_executor(None, import_tokenizers)
             info = await _wait_ready(process, progress)
             codec = await asyncio.to_thread(load_codec, config, info)
         except BaseException:

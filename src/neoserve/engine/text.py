@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -19,10 +20,15 @@ ChatMessage = Mapping[str, Any]
 
 
 def import_tokenizers() -> None:
-    """Import what `TextCodec` needs, which takes seconds; for a thread to do while a model loads."""
-    import transformers
+    """Import what `TextCodec` needs, which takes seconds; for a thread to do while a model loads.
 
-    assert transformers.AutoTokenizer
+    Never raises: `TextCodec` imports it again and says what is wrong, and a start that failed for another reason says
+    that one.
+    """
+    with suppress(Exception):
+        import transformers
+
+        assert transformers.AutoTokenizer
 
 
 class TextCodec:
