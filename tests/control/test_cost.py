@@ -198,8 +198,8 @@ def test_rough_numbers_show_what_was_measured_on_the_machine_that_they_describe(
 H200_LINEAR_US = ((1, 415.0), (64, 447.0), (128, 504.0), (256, 723.0), (512, 1414.0), (1024, 2675.0), (2048, 5266.0))
 
 
-def ridge_rows(linear: tuple[tuple[int, float], ...], launch_us: float = 1.0) -> int:
-    costs = table(linear=Curve(linear), prefill_us_per_pair=0.0, launch_us=launch_us)
+def ridge_rows(linear: tuple[tuple[int, float], ...], *, launch_us: float = 1.0, pair_us: float = 0.0) -> int:
+    costs = table(linear=Curve(linear), prefill_us_per_pair=pair_us, launch_us=launch_us)
     return CostModel(costs, LARGE).ridge_rows(Load.device_decode(16, 0))
 
 
@@ -214,3 +214,8 @@ def test_the_ridge_point_hardly_depends_on_the_noise_of_one_measurement(noise: f
 
 def test_laps_that_take_long_to_launch_have_their_ridge_point_at_more_rows() -> None:
     assert ridge_rows(H200_LINEAR_US, launch_us=400.0) > ridge_rows(H200_LINEAR_US)
+
+
+def test_the_ridge_point_does_not_depend_on_what_attention_among_prompts_costs() -> None:
+    """Many short prompts make as many rows as a long one: what they attend to is not known from the rows."""
+    assert ridge_rows(H200_LINEAR_US, pair_us=1.0) == ridge_rows(H200_LINEAR_US)

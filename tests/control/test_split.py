@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -212,8 +214,16 @@ def test_whether_host_rows_pay_depends_on_how_many_there_will_be_and_on_the_host
 
 def test_no_more_host_rows_are_worth_having_than_generate_more_tokens() -> None:
     """Where prompts fill the device's time, iterations with more host rows are longer and do hardly more in it."""
-    assert rows_worth_having(100, balance=5.0) < 100
-    assert rows_worth_having(100, balance=5.0) <= rows_worth_having(100, balance=1.0)
+    assert rows_worth_having(140, balance=1.0) == 140
+    assert 0 < rows_worth_having(140, balance=10.0) < 100
+
+
+def test_rows_of_short_prompts_are_not_priced_as_those_of_a_long_one() -> None:
+    """They attend to less."""
+    host = Load.host_decode(60, 60 * 64)
+    slow_pairs = replace(CostTable.rough(LARGE), prefill_us_per_pair=0.3)
+    chosen = Splitter(CostModel(slow_pairs, LARGE), LARGE.num_layers, Policy())
+    assert chosen.rows_worth_having(DEVICE, DEVICE, host, balance=2.0, most_rows=2048)
 
 
 @given(st.lists(st.integers(1, 50), max_size=8), st.integers(0, 100), st.integers(0, 100))

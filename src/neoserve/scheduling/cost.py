@@ -282,10 +282,11 @@ class CostModel:
     def ridge_rows(self, decodes: Load) -> int:
         """Where a lap is no more bound by its reads and its launches and not yet by arithmetic: of the prompt rows that
         it could compute beside these decodes, those that save the most of its time. Each row saves what it costs among
-        very many, and all together a lap of the decodes alone."""
+        very many, and all together a lap of the decodes alone. Attention among prompts is left out: it is the same in
+        whatever laps."""
 
         def lap_us(rows: int) -> float:
-            load = decodes + Load.prefill(Tier.DEVICE, 0, rows, samples=False)
+            load = decodes + Load(rows=rows, prefill_rows=rows)
             return self.price((Span(0, 0, self._num_layers + 1, False),), {0: load}).table_us
 
         row_us, decodes_us = self.prefill_row_us(), lap_us(0)

@@ -20,7 +20,6 @@ class Policy:
     min_gain: pipelining must be predicted to be this much better than device-only.
     entry_gain: and this much for a request to enter the host tier, where it has to be served to its end. Small gains
         are within what a prediction may be off: with 1.05 an 8B model on an H200 lost 4 percent.
-    near_best: so near to the best rate that more host rows are not worth the longer wait for each token.
     host_stretch: or in so many times that, because laps with prompts hide more than decode-only ones.
     forced_migration_period: for tests: every so many iterations the longest-settled sequence changes its tier.
     """
@@ -32,6 +31,5 @@ class Policy:
     max_skipped: int = 16
     min_gain: float = 1.02
     entry_gain: float = 1.08
-    near_best: float = 0.95
     host_stretch: float = 1.5
     forced_migration_period: int | None = None

@@ -192,15 +192,15 @@ class Splitter:
     def rows_worth_having(
         self, reference: Load, device: Load, host: Load, balance: float, most_rows: int, *, begun: bool = False
     ) -> int:
-        """How many of these host rows are worth having beside these device rows: as few as generate nearly as many
-        tokens a second as the best number, and 0 where that is not far better than device-only, or not better any
-        more once host rows have `begun` to run: a few of them are worse than none and than many.
+        """How many of these host rows generate the most tokens a second beside these device rows; 0 where that is not
+        far better than device-only, or not better any more once host rows have `begun` to run: a few of them are worse
+        than none and than many.
 
         Both with `balance` prompt rows for each token, up to `most_rows` in an iteration, and without: who enters has
         to be served on when there are no more prompts.
         """
         tokens = host.host_tokens // host.rows
-        prompts = (Chunk(Tier.HOST, 0, most_rows, samples=True),)
+        prompts = (Chunk(Tier.HOST, 0, tokens, samples=True),) * (most_rows // tokens + 1)
 
         def rate(num_host: int, pace: float) -> float:
             work = Work(reference, device, prompts, pace, (tokens,) * num_host, None, 0, must_run_host=False)
@@ -212,11 +212,11 @@ class Splitter:
             return device_only.lasting_rate(pace) if device_only else 0.0
 
         gain = self._policy.min_gain if begun else self._policy.entry_gain
-        numbers = sorted({math.ceil(host.rows * _FEWER**i) for i in range(_MOST_NUMBERS)})
+        numbers = {math.ceil(host.rows * _FEWER**i) for i in range(_MOST_NUMBERS)}
         rates = {number: rate(number, balance) for number in numbers}
-        enough = max(self._policy.near_best * max(rates.values()), gain * rate(0, balance))
-        fewest = min((number for number in numbers if rates[number] > enough), default=0)
-        return fewest if fewest and rate(fewest, 0.0) > gain * rate(0, 0.0) else 0
+        best = max(numbers, key=rates.__getitem__)
+        pays = rates[best] > gain * rate(0, balance) and rate(best, 0.0) > gain * rate(0, 0.0)
+        return best if pays else 0
 
     def host_lap_limit_us(self, device: Load) -> float:
         """How long the worker pool may take for a lap of all host sequences, for them to keep their interval."""
