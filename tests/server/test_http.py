@@ -83,18 +83,19 @@ def test_pages_about_the_server(idle_server: RunningServer) -> None:
 
 def test_both_tiers_decode_and_the_metrics_say_so(idle_server: RunningServer) -> None:
     before = idle_server.metrics()
-    prompts = [f"{number}, {number + 1}, " for number in range(12)]
-    body = {"prompt": prompts, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
-    httpx.post(f"{idle_server.url}/v1/completions", json=body, timeout=120).raise_for_status()
+    for num_prompts, max_tokens in ((12, 40), (1, 260)):  # the last is too long for the device pool
+        prompts = [f"{number}, {number + 1}, " for number in range(num_prompts)]
+        body = {"prompt": prompts, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        httpx.post(f"{idle_server.url}/v1/completions", json=body, timeout=120).raise_for_status()
     after = idle_server.wait_until_idle()
     grown = {name: value - before.get(name, 0) for name, value in after.items()}
     tiers = [grown[f'decoded_tokens_total{{tier="{tier}"}}'] for tier in ("device", "host")]
     assert min(tiers) > 0
-    assert sum(tiers) == 12 * 39  # each choice's first token comes from its prompt
-    assert grown["generation_tokens_total"] == 12 * 40
-    assert grown['request_success_total{finished_reason="length"}'] == 12
-    assert grown["time_to_first_token_seconds_count"] == 12
-    assert grown["inter_token_latency_seconds_count"] == 12 * 39
+    assert sum(tiers) == 12 * 39 + 259  # each choice's first token comes from its prompt
+    assert grown["generation_tokens_total"] == 12 * 40 + 260
+    assert grown['request_success_total{finished_reason="length"}'] == 13
+    assert grown["time_to_first_token_seconds_count"] == 13
+    assert grown["inter_token_latency_seconds_count"] == 12 * 39 + 259
     assert grown["iterations_total"] >= 40
     assert after["host_attention_gigabytes_per_second"] > 0
     assert after["last_iteration_measured_seconds"] > 0
