@@ -17,7 +17,7 @@ from neoserve.scheduling.sequence import Sequence
 from neoserve.scheduling.split import Splitter
 
 _FORESIGHT = 64  # waiting requests that count when judging whether host rows will pay
-_HOST_JUDGEMENT_AGE = 32  # iterations for which that judgement holds
+_HOST_JUDGEMENT_AGE = 64  # iterations for which that judgement holds
 _JUDGEMENT_AGE = 8  # iterations for which all else does
 
 
