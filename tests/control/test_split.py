@@ -220,10 +220,10 @@ def test_no_more_host_rows_are_worth_having_than_generate_more_tokens() -> None:
 
 def test_rows_of_short_prompts_are_not_priced_as_those_of_a_long_one() -> None:
     """They attend to less."""
-    host = Load.host_decode(60, 60 * 64)
-    slow_pairs = replace(CostTable.rough(LARGE), prefill_us_per_pair=0.3)
+    host = Load.host_decode(60, 60 * 128)
+    slow_pairs = replace(CostTable.rough(LARGE), prefill_us_per_pair=0.1)
     chosen = Splitter(CostModel(slow_pairs, LARGE), LARGE.num_layers, Policy())
-    assert chosen.rows_worth_having(DEVICE, DEVICE, host, balance=2.0, most_rows=2048)
+    assert chosen.rows_worth_having(DEVICE, DEVICE, host, balance=2.0, most_rows=2048) == 60
 
 
 @given(st.lists(st.integers(1, 50), max_size=8), st.integers(0, 100), st.integers(0, 100))

@@ -24,6 +24,7 @@ from neoserve.scheduling.policy import Policy
 _RATIOS = (1, 2, 3, 4, 5, 6, 8, 11)  # iterations that a host lap may take, tried in this order
 _BALANCING_ROUNDS = 3  # of prompt rows, how far the host lap gets, and again
 _FEWER, _MOST_NUMBERS = 0.7, 4  # numbers of host rows that are compared: each so much less than the one before
+_MOST_PROMPTS = 16  # beside them in an iteration: shorter prompts are priced as so many that fill it
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +201,8 @@ class Splitter:
         to be served on when there are no more prompts.
         """
         tokens = host.host_tokens // host.rows
-        prompts = (Chunk(Tier.HOST, 0, tokens, samples=True),) * (most_rows // tokens + 1)
+        length = max(tokens, most_rows // _MOST_PROMPTS)
+        prompts = (Chunk(Tier.HOST, 0, length, samples=True),) * (most_rows // length + 1)
 
         def rate(num_host: int, pace: float) -> float:
             work = Work(reference, device, prompts, pace, (tokens,) * num_host, None, 0, must_run_host=False)
