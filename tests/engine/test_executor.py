@@ -15,12 +15,13 @@ from neoserve.core.plan import IterationPlan, IterationResult, Migration, Rows, 
 from neoserve.core.program import Span
 from neoserve.core.request import Request, SamplingParams
 from neoserve.engine.build import make_device
+from neoserve.engine.resolve import Threads
 from neoserve.execution.executor import Executor
 from neoserve.models.checkpoint import open_checkpoint
 from neoserve.models.decoder import Decoder
 from neoserve.models.weights import load_weights
 from tests.engine.conftest import Tiny
-from tests.engine.driving import DEVICE, DTYPE, check_greedy
+from tests.engine.driving import DEVICE, DTYPE, ON_GPU, check_greedy
 
 PROMPT = tuple(range(3, 23))
 NUM_TOKENS = 12
@@ -41,7 +42,7 @@ def expected(tiny: Tiny) -> list[int]:
 @pytest.fixture(params=[False, True], ids=["recorded", "eager"])
 def executor(tiny: Tiny, request: pytest.FixtureRequest) -> Iterator[Executor]:
     spec = open_checkpoint(tiny.path).spec
-    device = make_device(DEVICE, spec.shape, DTYPE, block_size=16, num_threads=1)
+    device = make_device(DEVICE, spec.shape, DTYPE, 16, Threads((), num_compute=2, num_beside_workers=1))
     weights = load_weights(spec, Path(tiny.path), getattr(torch, DTYPE), device.torch_device)
     config = ResolvedConfig(
         model_name="tiny", shape=spec.shape, dtype=DTYPE, device=DEVICE, seed=0, max_model_len=256,
@@ -235,3 +236,17 @@ def test_prompts_divided_between_the_sub_batches(
         plans.append(script.plan(Span(0, 0, STEPS, Tier.HOST in tiers.values()), begins=(lap,), ends=(lap,)))
     script.run(plans)
     script.check(tiny, {"a": expected, "b": expected})
+
+
+@pytest.mark.skipif(ON_GPU, reason="a GPU has cores of its own")
+def test_the_model_has_all_its_threads_unless_the_workers_attend(executor: Executor) -> None:
+    script = Script(executor, {"a": Tier.DEVICE, "b": Tier.HOST})
+    [prompts] = script.prefill((slice(0, len(PROMPT)),))
+    lap = script.lap(0, script.rows("a", None), script.rows("b", None))
+    decodes = script.plan(Span(0, 0, STEPS, True), begins=(lap,), ends=(lap,))
+    threads = []
+    for plan in (prompts, decodes):
+        seen: set[int] = set()
+        executor.collect(executor.launch(plan, lambda _, seen=seen: seen.add(torch.get_num_threads())))
+        threads.append(seen)
+    assert threads == [{2}, {1}]

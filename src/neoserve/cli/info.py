@@ -72,7 +72,9 @@ def _choices(config: EngineConfig) -> Iterator[Line]:
         yield "--host-threads", f"{len(threads.worker_cpus)} on CPUs {', '.join(map(str, threads.worker_cpus))}"
     else:
         yield "--host-threads", "none: --offload is off"
-    yield "compute threads", f"{threads.num_compute}"
+    if device == "reference":
+        beside = f", {threads.num_beside_workers} while the workers attend" if threads.worker_cpus else ""
+        yield "compute threads", f"{threads.num_compute}{beside}"
     try:
         spec = open_checkpoint(config.model, config.revision, config.load_format).spec
     except ConfigError as error:

@@ -80,24 +80,30 @@ class _Exchange:
 class ReferenceDevice(Device):
     """CPU tensors behind the interface of a GPU.
 
-    num_threads: torch's threads for the stream, so that they and the worker pool together do not exceed the cores.
+    num_threads: torch's threads for the stream.
+    num_beside_workers: as many while the worker pool attends, so that both together do not exceed the cores.
     flag_timeout_s: a backstop for a hand-off; the worker pool raises every armed flag long before.
     """
 
-    def __init__(self, num_threads: int, flag_timeout_s: float = 120.0) -> None:
+    def __init__(self, num_threads: int, num_beside_workers: int, flag_timeout_s: float = 120.0) -> None:
         self.torch_device = torch.device("cpu")
         self.ops = ReferenceOps()
         self.name = "reference (CPU)"
+        self._num_threads = num_threads
+        self._num_beside_workers = num_beside_workers
         self._flag_timeout_s = flag_timeout_s
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, args=(num_threads,), name="neo-stream", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="neo-stream", daemon=True)
         self._thread.start()
 
-    def _run(self, num_threads: int) -> None:
-        torch.set_num_threads(num_threads)
+    def _run(self) -> None:
+        self.share_cores(with_workers=True)  # so are costs measured: those of device-only iterations show soon
         with torch.inference_mode():
             while (work := self._queue.get()) is not None:
                 work.do()
+
+    def share_cores(self, *, with_workers: bool) -> None:
+        torch.set_num_threads(self._num_beside_workers if with_workers else self._num_threads)
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)

@@ -51,7 +51,7 @@ def build(config: EngineConfig, progress: Callable[[str], None], weights: Decode
     dtype = choose_dtype(config, spec.dtype, kind)
     threads = share_cpus(config, kind, host_tier=config.offload != "off")
     try:
-        device = make_device(kind, spec.shape, dtype, config.block_size, threads.num_compute)
+        device = make_device(kind, spec.shape, dtype, config.block_size, threads)
         model = _load(config, checkpoint, dtype, device, progress, weights)
         executor, budget = _executor(config, kind, dtype, device, model, threads, progress)
         progress("recording graphs")
@@ -190,7 +190,7 @@ def choose_dtype(config: EngineConfig, stored: DType, device: str) -> DType:
 
 
 def make_device(
-    kind: Literal["cuda", "reference"], shape: ModelShape, dtype: DType, block_size: int, num_threads: int
+    kind: Literal["cuda", "reference"], shape: ModelShape, dtype: DType, block_size: int, threads: Threads
 ) -> Device:
     """The device itself; the modules of a GPU are imported only where one is used."""
     if kind == "cuda":
@@ -199,4 +199,4 @@ def make_device(
         return CudaDevice(shape, dtype, block_size)
     from neoserve.device.reference import ReferenceDevice
 
-    return ReferenceDevice(num_threads)
+    return ReferenceDevice(threads.num_compute, threads.num_beside_workers)

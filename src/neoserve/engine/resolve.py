@@ -21,10 +21,14 @@ ENGINE_THREADS = 2
 
 @dataclass(frozen=True, slots=True)
 class Threads:
-    """Who gets which CPUs: no more busy threads than cores, or everything halves."""
+    """Who gets which CPUs: no more busy threads than cores, or everything halves.
+
+    num_compute: of the model on the reference device. num_beside_workers: as many while the worker pool attends.
+    """
 
     worker_cpus: tuple[int, ...]
     num_compute: int
+    num_beside_workers: int
 
 
 def share_cpus(config: EngineConfig, device: Literal["cuda", "reference"], host_tier: bool) -> Threads:
@@ -35,11 +39,12 @@ def share_cpus(config: EngineConfig, device: Literal["cuda", "reference"], host_
         raise ConfigError(
             f"--host-threads is {config.host_threads}, but this process may use only {len(cpus)} CPUs; lower it"
         )
+    num_compute = min(len(cpus), torch.get_num_threads())
     if not host_tier:
-        return Threads((), min(len(cpus), torch.get_num_threads()))
+        return Threads((), num_compute, num_compute)
     wanted = len(cpus) - ENGINE_THREADS if device == "cuda" else len(cpus) // 2
     num_workers = config.host_threads or max(1, wanted)
-    return Threads(tuple(cpus[-num_workers:]), max(1, min(len(cpus) - num_workers, torch.get_num_threads())))
+    return Threads(tuple(cpus[-num_workers:]), num_compute, max(1, min(len(cpus) - num_workers, num_compute)))
 
 
 def batch_limits(config: EngineConfig, device: Literal["cuda", "reference"]) -> tuple[int, int]:

@@ -106,7 +106,10 @@ class Executor:
             stages = _stages(self.config.shape.num_layers, plan.spans)
             arm(stages, laps)
 
+        has_host = any(span.has_host for span in plan.spans)
+
         def work() -> None:
+            device.share_cores(with_workers=has_host)
             if earlier is not None:
                 device.wait_for(earlier)
             if lone_lap is not None and recording is not None:
