@@ -57,6 +57,11 @@ class Span:
         return self.stop_step - self.first_step
 
 
+def is_pipelined(spans: Sequence[Span]) -> bool:
+    """Whether host rows are attended to in a program of these spans."""
+    return any(span.has_host for span in spans)
+
+
 def step_stages(step: int, num_layers: int, sub_batch: int, has_host: bool) -> Iterator[Stage]:
     """The stages of one step of a lap over `num_layers` layers."""
     last = step - 1

@@ -116,9 +116,9 @@ class Device(ABC):
     def submit(self, work: Callable[[], None]) -> Completion:
         """Run `work`, whose torch calls land on the compute stream, after all that was submitted before."""
 
-    def share_cores(self, *, with_workers: bool) -> None:  # noqa: B027 - most devices have nothing to do
-        """Inside `submit`: whether the worker pool attends during the work that follows, and needs its cores. A GPU
-        has its own."""
+    @abstractmethod
+    def share_cores(self, *, with_workers: bool) -> None:
+        """Inside `submit`: whether the worker pool attends during the work that follows, and needs its cores."""
 
     @abstractmethod
     def submit_copies(self, work: Callable[[], None]) -> Completion:

@@ -117,6 +117,9 @@ class CudaDevice(Device):
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
+    def share_cores(self, *, with_workers: bool) -> None:
+        """A GPU has cores of its own: nothing to do."""
+
     def register(self, address: int, num_bytes: int) -> None:
         self._registered.append(RegisteredMemory(self._driver, address, num_bytes))
 

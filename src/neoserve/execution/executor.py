@@ -11,7 +11,7 @@ from neoserve import _native
 from neoserve.core.config import ResolvedConfig
 from neoserve.core.errors import HostAttentionError
 from neoserve.core.plan import IterationPlan, IterationResult
-from neoserve.core.program import Span, Stage, program
+from neoserve.core.program import Span, Stage, is_pipelined, program
 from neoserve.core.request import Request
 from neoserve.device.base import Completion, Device
 from neoserve.execution.graphs import Graphs, Recorded
@@ -106,10 +106,8 @@ class Executor:
             stages = _stages(self.config.shape.num_layers, plan.spans)
             arm(stages, laps)
 
-        has_host = any(span.has_host for span in plan.spans)
-
         def work() -> None:
-            device.share_cores(with_workers=has_host)
+            device.share_cores(with_workers=is_pipelined(plan.spans))
             if earlier is not None:
                 device.wait_for(earlier)
             if lone_lap is not None and recording is not None:

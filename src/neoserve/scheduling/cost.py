@@ -14,7 +14,7 @@ from typing import Any
 
 from neoserve.core.config import ModelShape
 from neoserve.core.plan import SubBatch, Tier
-from neoserve.core.program import Op, Span
+from neoserve.core.program import Op, Span, is_pipelined
 from neoserve.scheduling.timeline import FREE, OPS, StageCosts, walk_us
 
 
@@ -263,7 +263,7 @@ class CostModel:
             launch_us += self._launch_us(span, loads[span.sub_batch], alone=len(program_spans) == 1)
         table_us = max(walk_us(self._num_layers, program_spans, *costs), host_us, launch_us)
         kind = Kind.of(
-            pipelined=any(span.has_host for span in program_spans),
+            pipelined=is_pipelined(program_spans),
             prefill=any(loads[span.sub_batch].prefill_rows for span in program_spans),
         )
         return Price(kind, table_us * self._correction[kind].factor, table_us, device_us, host_us, launch_us)

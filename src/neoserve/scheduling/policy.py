@@ -18,8 +18,9 @@ class Policy:
     slowest_ratio: where host rows do not pay, a lap of theirs may take so many iterations.
     max_skipped: and it begins after at most so many iterations without host rows.
     min_gain: pipelining must be predicted to be this much better than device-only.
-    entry_gain: and this much for a request to enter the host tier, where it has to be served to its end. Small gains
-        are within what a prediction may be off: with 1.05 an 8B model on an H200 lost 4 percent.
+    entry_gain: and this much for the first request to enter the host tier, where it has to be served to its end;
+        min_gain is enough for those that follow. Small gains are within what a prediction may be off: with 1.05 an 8B
+        model on an H200 lost 4 percent.
     host_stretch: or in so many times that, because laps with prompts hide more than decode-only ones.
     forced_migration_period: for tests: every so many iterations the longest-settled sequence changes its tier.
     """

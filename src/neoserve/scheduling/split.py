@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 from neoserve.core.plan import Tier
@@ -141,7 +142,7 @@ class Splitter:
         self._policy = policy
         self._target_us = target_us
         self._target_ttft_us = math.inf if target_ttft_us is None else target_ttft_us
-        self._ridge = (Load(), 0)  # a reference load, and the ridge point beside it
+        self._ridge_rows = lru_cache(maxsize=1)(cost.ridge_rows)  # the reference load changes now and then
         self._prefill_row_us = cost.prefill_row_us()
         self._ratios = (*(ratio for ratio in _RATIOS if ratio < policy.slowest_ratio), policy.slowest_ratio)
 
@@ -163,11 +164,6 @@ class Splitter:
                 break
             choice = self._with_prompts(pricing, min(available, 2 * rows))
         return choice
-
-    def _ridge_rows(self, reference: Load) -> int:
-        if self._ridge[0] is not reference:
-            self._ridge = (reference, self._cost.ridge_rows(reference))
-        return self._ridge[1]
 
     def _in_balance(self, pricing: _Pricing, decode_rows: float, fewest: int, most: int) -> Choice:
         """The candidate with as many prompt rows as keep pace with its decodes, and at least with a full device
@@ -216,7 +212,7 @@ class Splitter:
         gain = self._policy.min_gain if begun else self._policy.entry_gain
         numbers = {math.ceil(host.rows * _FEWER**i) for i in range(_MOST_NUMBERS)}
         rates = {number: rate(number, balance) for number in numbers}
-        best = max(numbers, key=rates.__getitem__)
+        best = max(rates, key=rates.__getitem__)
         pays = rates[best] > gain * rate(0, balance) and rate(best, 0.0) > gain * rate(0, 0.0)
         return best if pays else 0
 
