@@ -57,6 +57,15 @@ def test_beside_decodes_prompts_keep_pace_with_the_tokens_that_are_generated(pac
     assert choice.prefill_rows == (18 * pace, 0)
 
 
+@pytest.mark.parametrize("num_host", [42, 50, 60])
+def test_prompts_keep_pace_where_host_rows_would_do_better_in_every_iteration(num_host: int) -> None:
+    """With few prompt rows a lap of the host rows pays best when it takes several iterations, and with few host rows
+    in each of them few prompt rows keep pace; many of both generate more."""
+    choice = splitter().choose(work(host=(1045,) * num_host, chunks=(prompt(1000, Tier.HOST), prompt(1048))))
+    assert choice.lap_steps == NUM_STEPS
+    assert sum(choice.prefill_rows) == 10 * (DEVICE.rows + num_host)
+
+
 def test_where_few_prompts_would_do_the_device_is_used_up_to_its_ridge_point() -> None:
     """As many rows as cost little beside the read of the weights: a row costs less than among many."""
     alone = splitter().choose(work())

@@ -139,12 +139,12 @@ class Device(ABC):
         """Inside `submit`: as `wait_for`, but it is the channel's later exchanges that wait."""
 
     @abstractmethod
-    def record(self, work: Callable[[], None], group: int | None) -> Callable[[], None]:
+    def record(self, work: Callable[[], None], *, shared: bool) -> Callable[[], None]:
         """Inside `submit`: a closure that enqueues, each time it is called, what `work` would: the same kernels at the
         same addresses, so whatever changes must lie in tensors that stay. `work` must have run once before.
 
-        What a recording leaves in tensors that `work` allocated is lost when another one of its `group` runs; the
-        group's memory stays. `None`: of none, with memory that ends with the recording.
+        shared: the tensors that `work` allocates lie in memory that all such recordings share and that stays; what
+        is in them is lost when another one runs. Else the recording has memory of its own, which ends with it.
         """
 
     @abstractmethod

@@ -112,7 +112,7 @@ class CudaDevice(Device):
         self._channels = tuple(_Channel(self.torch_device) for _ in range(_NUM_CHANNELS))
         self._registered: list[RegisteredMemory] = []
         self._flag_addresses: dict[int, int] = {}
-        self._graph_pools: dict[int, tuple[Any, torch.cuda.CUDAGraph]] = {}
+        self._shared_recording: torch.cuda.CUDAGraph | None = None
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
@@ -152,19 +152,18 @@ class CudaDevice(Device):
             raise completion.error
         stream.wait_event(completion.end)
 
-    def record(self, work: Callable[[], None], group: int | None) -> Callable[[], None]:
-        """As `Device.record`, a CUDA graph; the recordings of a group share one pool of memory."""
-        replay: Callable[[], None] = self._capture(work, self._graph_pool(group)).replay
+    def record(self, work: Callable[[], None], *, shared: bool) -> Callable[[], None]:
+        """As `Device.record`, a CUDA graph."""
+        pool = self._shared_pool() if shared else torch.cuda.graph_pool_handle()
+        replay: Callable[[], None] = self._capture(work, pool).replay
         return replay
 
-    def _graph_pool(self, group: int | None) -> Any:
-        if group is None:
-            return torch.cuda.graph_pool_handle()
-        if group not in self._graph_pools:
-            # A pool ends with its last graph and cannot begin again, so each has one that stays.
+    def _shared_pool(self) -> Any:
+        if self._shared_recording is None:
+            # A pool ends with its last graph and cannot begin again, so it has one that stays.
             pool = torch.cuda.graph_pool_handle()
-            self._graph_pools[group] = (pool, self._capture(lambda: torch.zeros(1, device=self.torch_device), pool))
-        return self._graph_pools[group][0]
+            self._shared_recording = self._capture(lambda: torch.zeros(1, device=self.torch_device), pool)
+        return self._shared_recording.pool()
 
     def _capture(self, work: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

@@ -126,7 +126,7 @@ class Calibration:
         self._device.submit(work).wait()
         if recorded:
             replays: list[Callable[[], None]] = []
-            self._device.submit(lambda: replays.append(self._device.record(work, None))).wait()
+            self._device.submit(lambda: replays.append(self._device.record(work, shared=False))).wait()
             work = replays[0]
         times: list[float] = []
         while len(times) < REPEATS or sum(times) < least_s * 1e6:

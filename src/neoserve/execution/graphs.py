@@ -34,8 +34,6 @@ STAGE_BUCKETS = (16, 32, 64, 96, 128, 192, 256)
 """Rows beyond the largest keep a GPU busy for longer than it takes to enqueue them kernel by kernel."""
 MAX_RECORD_S = 25.0
 MAX_RECORD_BYTES = 2**31
-_LAP_GROUP = 2
-"""Of recordings that share memory; groups 0 and 1 are the sub-batches', whose steps alternate."""
 
 Replay = Callable[[], None]
 
@@ -114,11 +112,10 @@ class RecordedLinear:
 class StageGraphs:
     """The recordings of one sub-batch's linear work: a step of a lap, for each bucket of rows."""
 
-    def __init__(self, device: Device, model: Decoder, dtype: torch.dtype, sizes: Sequence[int], group: int) -> None:
+    def __init__(self, device: Device, model: Decoder, dtype: torch.dtype, sizes: Sequence[int]) -> None:
         self.sizes = tuple(sizes)
         self._device = device
         self._model = model
-        self._group = group
         self._rows = Rows.allocate(model, self.sizes[-1], dtype, device.torch_device)
         self._steps: dict[int, tuple[Replay, ...]] = {}
 
@@ -132,7 +129,7 @@ class StageGraphs:
 
         for step in (0, 1, num_layers):  # each kernel runs once before it is recorded; the layers' are the same
             self._step(step, rows)
-        self._steps[size] = tuple(self._device.record(work(step), self._group) for step in range(num_layers + 1))
+        self._steps[size] = tuple(self._device.record(work(step), shared=True) for step in range(num_layers + 1))
 
     def linear(self, num_rows: int) -> Linear | None:
         """For a lap of `num_rows` rows; `None` when no recorded bucket holds them."""
@@ -179,7 +176,7 @@ class LapGraphs:
             self._lap(size)
 
         work()  # each kernel runs once before it is recorded
-        self._laps[size] = self._device.record(work, _LAP_GROUP)
+        self._laps[size] = self._device.record(work, shared=True)
 
     def holds(self, num_sequences: int) -> bool:
         """Whether a recorded bucket holds a lap of so many sequences."""
@@ -229,7 +226,7 @@ class Graphs:
             self._lap = LapGraphs(device, model, store, last_ids_S, rows, plans)
         if config.host_blocks:
             sizes = _up_to(STAGE_BUCKETS, config.max_num_batched_tokens)
-            self._stages = tuple(StageGraphs(device, model, dtype, sizes, group) for group in (0, 1))
+            self._stages = tuple(StageGraphs(device, model, dtype, sizes) for _ in range(2))
 
     def record(self) -> Recorded | None:
         """Record what time and memory allow, largest buckets first; `None` where there is nothing to record."""

@@ -280,17 +280,16 @@ class CostModel:
         return self._num_layers * ((y1 - y0) / (x1 - x0) if x1 > x0 else y1 / max(1.0, x1))
 
     def ridge_rows(self, decodes: Load) -> int:
-        """Where a lap is no more bound by its reads and its launches and not yet by arithmetic: of the prompt rows that
-        it could compute beside these decodes, those that save the most of its time. Each row saves what it costs among
-        very many, and all together a lap of the decodes alone. Attention among prompts is left out: it is the same in
-        whatever laps."""
+        """Where a lap is no more bound by its reads and its launches and not yet by arithmetic: of the numbers of prompt
+        rows that it could compute beside these decodes, the one whose rows add the least time each. Attention among
+        prompts is left out: it is the same in whatever laps."""
 
         def lap_us(rows: int) -> float:
             load = decodes + Load(rows=rows, prefill_rows=rows)
             return self.price((Span(0, 0, self._num_layers + 1, False),), {0: load}).table_us
 
-        row_us, decodes_us = self.prefill_row_us(), lap_us(0)
-        return max(_RIDGE_ROWS, key=lambda rows: (rows * row_us + decodes_us) / lap_us(rows))
+        decodes_us = lap_us(0)
+        return min(_RIDGE_ROWS, key=lambda rows: (lap_us(rows) - decodes_us) / rows)
 
     def observe(self, price: Price, measured_us: float) -> None:
         """Compare a price with what the iteration took and correct later prices of its kind."""

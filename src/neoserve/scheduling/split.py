@@ -152,13 +152,17 @@ class Splitter:
 
         Beside decodes, prompts are computed at the pace at which sequences that end make room for them, so that
         iterations are alike: a long prefill keeps every decode waiting, and the laps after it read the weights for a
-        few rows only. But no fewer rows than the ridge point, and so many that all are done within their target.
+        few rows only. But no fewer rows than the ridge point of each sub-batch, and so many that all are done within
+        their target.
         """
         pricing = self._pricing(work)
         available = self._within_target(pricing, sum(chunk.count for chunk in work.chunks))
         if not (available and (work.device.rows or work.host_tokens or work.lap)):
             return self._with_prompts(pricing, available)
-        choice = self._in_balance(pricing, work.reference.rows, self._ridge_rows(work.reference), available)
+        num_host = len(work.host_tokens) + (work.lap.host_rows if work.lap else 0)
+        fewest = self._ridge_rows(work.reference) * (2 if num_host else 1)
+        guesses = {work.reference.rows, max(work.reference.rows, work.device.rows + num_host)}
+        choice = max((self._in_balance(pricing, rows, fewest, available) for rows in sorted(guesses)), key=_rate)
         while (rows := sum(choice.prefill_rows)) < available:
             if available / rows * choice.price.total_us <= self._target_ttft_us:
                 break
@@ -167,7 +171,8 @@ class Splitter:
 
     def _in_balance(self, pricing: _Pricing, decode_rows: float, fewest: int, most: int) -> Choice:
         """The candidate with as many prompt rows as keep pace with its decodes, and at least with a full device
-        pool's. decode_rows: a first guess."""
+        pool's. decode_rows: a first guess; from few, host rows go slowly and prompts with them, from many, both fast.
+        """
         work = pricing.work
         rows, choice = -1, None
         for _ in range(_BALANCING_ROUNDS):
