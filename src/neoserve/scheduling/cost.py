@@ -280,9 +280,9 @@ class CostModel:
         return self._num_layers * ((y1 - y0) / (x1 - x0) if x1 > x0 else y1 / max(1.0, x1))
 
     def ridge_rows(self, decodes: Load) -> int:
-        """Where a lap is no more bound by its reads and its launches and not yet by arithmetic: of the numbers of prompt
-        rows that it could compute beside these decodes, the one whose rows add the least time each. Attention among
-        prompts is left out: it is the same in whatever laps."""
+        """Where a lap is no more bound by its reads and its launches and not yet by arithmetic: of the numbers of
+        prompt rows that it could compute beside these decodes, the one whose rows add the least time each. Attention
+        among prompts is left out: it is the same in whatever laps."""
 
         def lap_us(rows: int) -> float:
             load = decodes + Load(rows=rows, prefill_rows=rows)
