@@ -120,7 +120,7 @@ def test_few_layers_tell_of_all(first: Load, rows: int, ratio: int, lock_step: b
     host = Load.host_decode(rows, rows * 1000)
     spans = (Span(0, 0, num_steps, lock_step), Span(1, 0, num_steps if lock_step else -(-num_steps // ratio), True))
     costs = [model.stage_costs(first), model.stage_costs(host)]
-    exact = timeline.walk_whole(timeline.stage_codes(LARGE.num_layers, spans), *costs)
+    exact = timeline.walk_whole(timeline.itinerary(LARGE.num_layers, spans), *costs)
     assert timeline.walk_us(LARGE.num_layers, spans, *costs) == pytest.approx(exact, rel=0.01)
 
 
@@ -130,7 +130,7 @@ def test_parts_of_a_lap_are_priced_like_the_whole_walk(first_step: int, stop_ste
     loads = (Load.device_decode(18, 18_000), Load.host_decode(56, 56_000))
     spans = (Span(0, 0, 81, False), Span(1, first_step, stop_step, True))
     costs = [model.stage_costs(load) for load in loads]
-    exact = timeline.walk_whole(timeline.stage_codes(80, spans), *costs)
+    exact = timeline.walk_whole(timeline.itinerary(80, spans), *costs)
     assert timeline.walk_us(80, spans, *costs) == pytest.approx(exact, rel=0.001)
 
 

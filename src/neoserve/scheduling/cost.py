@@ -314,15 +314,14 @@ class CostModel:
         if load.prefill_rows:
             attend_us += table.prefill_us + load.prefill_pairs * table.prefill_us_per_pair
             attend_us += load.staged_tokens * table.migration_us_per_token / self._num_layers
-        by_op = {
-            Op.EMBED: table.embed.at(load.rows),
-            Op.PRE: linear_us * self._pre_share,
-            Op.ATTEND: attend_us,
-            Op.POST: linear_us * (1 - self._pre_share),
-            Op.HEAD: table.head.at(load.samples) if load.samples else 0.0,
-        }
+        device_us = [0.0] * len(OPS)
+        device_us[_EMBED] = table.embed.at(load.rows)
+        device_us[_PRE] = linear_us * self._pre_share
+        device_us[_ATTEND] = attend_us
+        device_us[_POST] = linear_us * (1 - self._pre_share)
+        device_us[_HEAD] = table.head.at(load.samples) if load.samples else 0.0
         handoff_us = table.handoff_us + load.host_rows * table.handoff_us_per_row
-        return StageCosts(tuple([by_op.get(op, 0.0) for op in OPS]), self._task_us(load), handoff_us)
+        return StageCosts(tuple(device_us), self._task_us(load), handoff_us)
 
     def _task_us(self, load: Load) -> float:
         """One layer's host attention."""

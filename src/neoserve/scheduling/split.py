@@ -185,11 +185,16 @@ class Splitter:
         return choice
 
     def _with_prompts(self, pricing: _Pricing, prefill_rows: int) -> Choice:
-        if pricing.work.lap:
-            return self._advance_lap(pricing, prefill_rows)
-        if pricing.work.host_tokens:
-            return self._begin_lap(pricing, prefill_rows)
-        return pricing.price((prefill_rows, 0), 0, 0, 0)
+        """The best candidate with so many prompt rows."""
+        if prefill_rows not in pricing.best:
+            if pricing.work.lap:
+                best = self._advance_lap(pricing, prefill_rows)
+            elif pricing.work.host_tokens:
+                best = self._begin_lap(pricing, prefill_rows)
+            else:
+                best = pricing.price((prefill_rows, 0), 0, 0, 0)
+            pricing.best[prefill_rows] = best
+        return pricing.best[prefill_rows]
 
     def rows_worth_having(
         self, reference: Load, device: Load, host: Load, balance: float, most_rows: int, *, begun: bool = False
@@ -345,7 +350,8 @@ class Splitter:
 class _Pricing:
     """Prices the candidates of one iteration.
 
-    decode_us, prefill_row_us: what a decode token and a prefill row are worth.
+    decode_us, prefill_row_us: what a decode token and a prefill row are worth. best: candidates found to be the best
+    with so many prompt rows.
     """
 
     def __init__(self, cost: CostModel, num_steps: int, work: Work, decode_us: float, prefill_row_us: float) -> None:
@@ -357,6 +363,7 @@ class _Pricing:
         self._host_tokens = tuple(accumulate(work.host_tokens, initial=0))
         self._prefill: dict[tuple[int, int], tuple[Load, Load]] = {}
         self._device_only: dict[int, Choice] = {}
+        self.best: dict[int, Choice] = {}
 
     def price(self, prefill_rows: tuple[int, int], num_first: int, num_second: int, lap_steps: int) -> Choice:
         """The candidate with this split; `lap_steps` of a lap in flight, or of one that begins with `num_second`."""
