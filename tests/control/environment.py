@@ -24,6 +24,11 @@ POISON = -1
 STOP = 0
 SHAPE = ModelShape(5, 8, 2, 64, 512, 1024, 1000, 4096, False)
 LARGE = ModelShape(80, 64, 8, 128, 8192, 28672, 128256, 131072, False)
+H200_LINEAR_US = (
+    (1, 415.0), (64, 447.0), (128, 504.0), (256, 723.0), (384, 1075.0), (512, 1454.0), (768, 2020.0), (1024, 2640.0),
+    (2048, 5200.0),
+)  # fmt: skip
+"""Linear layers of `LARGE` by rows, as an H200 takes them."""
 
 
 def config(**changes: object) -> ResolvedConfig:

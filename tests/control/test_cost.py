@@ -13,7 +13,7 @@ from neoserve.core.plan import Tier
 from neoserve.core.program import Span
 from neoserve.scheduling import timeline
 from neoserve.scheduling.cost import CostModel, CostTable, Curve, Kind, Load
-from tests.control.environment import LARGE
+from tests.control.environment import H200_LINEAR_US, LARGE
 
 SHAPE = ModelShape(3, 1, 1, 1, 2, 1, 10, 100, False)
 """Three layers; of the 14 linear parameters 6 come before the attention."""
@@ -193,9 +193,6 @@ def test_rough_numbers_show_what_was_measured_on_the_machine_that_they_describe(
         return (18 + rows / ratio) / price.total_us
 
     assert tokens_per_us(1, 14) < 18 / alone < tokens_per_us(4, 56)
-
-
-H200_LINEAR_US = ((1, 415.0), (64, 447.0), (128, 504.0), (256, 723.0), (512, 1414.0), (1024, 2675.0), (2048, 5266.0))
 
 
 def ridge_rows(linear: tuple[tuple[int, float], ...], *, launch_us: float = 1.0, pair_us: float = 0.0) -> int:

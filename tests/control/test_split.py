@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from neoserve.core.plan import Tier
 from neoserve.core.program import Span
-from neoserve.scheduling.cost import CostModel, CostTable, Load
+from neoserve.scheduling.cost import CostModel, CostTable, Curve, Load
 from neoserve.scheduling.policy import Policy
 from neoserve.scheduling.split import Choice, Chunk, Splitter, Work, deal
-from tests.control.environment import LARGE
+from tests.control.environment import H200_LINEAR_US, LARGE
 
 NUM_STEPS = LARGE.num_layers + 1
 DEVICE = Load.device_decode(18, 18 * 1024)
@@ -32,8 +32,9 @@ def work(
     lap_step: int = 0,
     must_run_host: bool = False,
     pace: float = 10.0,
+    fills_host: bool = False,
 ) -> Work:
-    return Work(DEVICE, device, chunks, pace, host, lap, lap_step, must_run_host)
+    return Work(DEVICE, device, chunks, pace, fills_host, host, lap, lap_step, must_run_host)
 
 
 def is_device_only(choice: Choice) -> bool:
@@ -64,6 +65,19 @@ def test_prompts_keep_pace_where_host_rows_would_do_better_in_every_iteration(nu
     choice = splitter().choose(work(host=(1045,) * num_host, chunks=(prompt(1000, Tier.HOST), prompt(1048))))
     assert choice.lap_steps == NUM_STEPS
     assert sum(choice.prefill_rows) == 10 * (DEVICE.rows + num_host)
+
+
+@pytest.mark.parametrize("pace", [30.0, 36.0, 40.0])
+def test_while_the_host_tier_fills_prompts_come_rather_faster_than_at_their_pace(pace: float) -> None:
+    """Host rows pay beside 650 prompt rows, which are too few for 30 tokens, and not beside 1,080; with those that pay
+    at the moment, as many sequences would end as come."""
+    cost = CostModel(replace(CostTable.rough(LARGE, launch_us=24.0), linear=Curve(H200_LINEAR_US)), LARGE)
+    now = work(host=(1030,) * 12, chunks=(prompt(1000, Tier.HOST), prompt(1048)), pace=pace)
+    fills, pays = (
+        Splitter(cost, LARGE.num_layers, Policy()).choose(replace(now, fills_host=fills)) for fills in (True, False)
+    )
+    assert sum(fills.prefill_rows) >= pace * fills.decode_rows
+    assert sum(pays.prefill_rows) < pace * pays.decode_rows
 
 
 def test_where_few_prompts_would_do_the_device_is_used_up_to_its_ridge_point() -> None:

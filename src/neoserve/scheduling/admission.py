@@ -19,6 +19,7 @@ from neoserve.scheduling.split import Splitter
 _FORESIGHT = 64  # waiting requests that count when judging whether host rows will pay
 _HOST_JUDGEMENT_AGE = 64  # iterations for which that judgement holds
 _JUDGEMENT_AGE = 8  # iterations for which all else does
+_FILLED = 0.7  # of the host rows that are wanted: until there are so many, prompts come first
 
 
 class Outlook(NamedTuple):
@@ -28,6 +29,18 @@ class Outlook(NamedTuple):
 
     reference: Load
     balance: float
+
+
+class Pace(NamedTuple):
+    """How fast to compute prompts. prompt_rows: for each token that is generated. fills_host: rather more rows than
+    that than fewer, so that host rows come to be as many as are wanted.
+    """
+
+    prompt_rows: float
+    fills_host: bool
+
+
+NO_PACE = Pace(0.0, fills_host=False)
 
 
 class Admission:
@@ -101,14 +114,15 @@ class Admission:
         rows = max(1, min(int(self._placement.device_tokens / mean_tokens), count + len(self.waiting)))
         return Load.device_decode(rows, int(rows * mean_tokens))
 
-    def pace(self, running: Iterable[Sequence], iteration: int) -> float:
-        """Prompt rows to compute for each token that is generated: in balance, and up to twice as many while there are
-        fewer host rows than wanted."""
+    def pace(self, running: Iterable[Sequence], iteration: int) -> Pace:
+        """Answers and prompts in balance, and up to twice as many prompt rows while there are fewer host rows than
+        wanted."""
         balance = self.outlook(running, iteration).balance
         if not self._host_rows_wanted:
-            return balance
+            return Pace(balance, fills_host=False)
         _, host = _resident_load(running)
-        return balance * max(1.0, 2.0 - host.rows / self._host_rows_wanted)
+        share = host.rows / self._host_rows_wanted
+        return Pace(balance * max(1.0, 2.0 - share), fills_host=share < _FILLED)
 
     def _balance(self, running: Iterable[Sequence]) -> float:
         prompts = answers = 0

@@ -44,6 +44,7 @@ class Work:
 
     reference: decode rows of as many sequences as the device pool could hold. device: all decode rows of DEVICE
     sequences. chunks: of prompts, oldest first. pace: prompt rows to compute for each token that is generated.
+    fills_host: rather more than that than fewer.
     host_tokens: KV tokens of each HOST sequence that could decode, in the order in which they go to sub-batch 1.
     lap, lap_step: the host lap in flight in sub-batch 1 and its next step.
     must_run_host: host rows have waited long enough.
@@ -53,6 +54,7 @@ class Work:
     device: Load
     chunks: tuple[Chunk, ...]
     pace: float
+    fills_host: bool
     host_tokens: tuple[int, ...]
     lap: Load | None
     lap_step: int
@@ -163,7 +165,7 @@ class Splitter:
         fewest = self._ridge_rows(work.reference) * (2 if num_host else 1)
         guesses = {work.reference.rows, max(work.reference.rows, work.device.rows + num_host)}
         choice = max((self._in_balance(pricing, rows, fewest, available) for rows in sorted(guesses)), key=_rate)
-        while (rows := sum(choice.prefill_rows)) < available:
+        while (rows := _prefill_rows(choice)) < available:
             if available / rows * choice.price.total_us <= self._target_ttft_us:
                 break
             choice = self._with_prompts(pricing, min(available, 2 * rows))
@@ -174,15 +176,14 @@ class Splitter:
         pool's. decode_rows: a first guess; from few, host rows go slowly and prompts with them, from many, both fast.
         """
         work = pricing.work
-        rows, choice = -1, None
+        tried: list[Choice] = []
         for _ in range(_BALANCING_ROUNDS):
             wanted = min(most, max(fewest, round(work.pace * decode_rows)))
-            if choice and abs(wanted - rows) <= rows // 8:
-                break
-            rows, choice = wanted, self._with_prompts(pricing, wanted)
-            decode_rows = max(work.reference.rows, choice.decode_rows)
-        assert choice is not None
-        return choice
+            if tried and abs(wanted - _prefill_rows(tried[-1])) <= _prefill_rows(tried[-1]) // 8:
+                return tried[-1]
+            tried.append(self._with_prompts(pricing, wanted))
+            decode_rows = max(work.reference.rows, tried[-1].decode_rows)
+        return max(tried, key=_prefill_rows) if work.fills_host else tried[-1]
 
     def _with_prompts(self, pricing: _Pricing, prefill_rows: int) -> Choice:
         """The best candidate with so many prompt rows."""
@@ -211,7 +212,8 @@ class Splitter:
         prompts = (Chunk(Tier.HOST, 0, length, samples=True),) * (most_rows // length + 1)
 
         def rate(num_host: int, pace: float) -> float:
-            work = Work(reference, device, prompts, pace, (tokens,) * num_host, None, 0, must_run_host=False)
+            host_tokens = (tokens,) * num_host
+            work = Work(reference, device, prompts, pace, False, host_tokens, None, 0, must_run_host=False)
             pricing = self._pricing(work)
             if num_host:
                 choice = self._in_balance(pricing, device.rows + num_host, 0, most_rows)
@@ -410,6 +412,10 @@ class _Pricing:
 
 def _rate(choice: Choice) -> float:
     return choice.rate
+
+
+def _prefill_rows(choice: Choice) -> int:
+    return sum(choice.prefill_rows)
 
 
 def _total_us(choice: Choice) -> float:
