@@ -222,9 +222,9 @@ def test_a_target_cuts_prompts_down_to_what_fits_beside_the_device_rows() -> Non
     assert choice.price.total_us <= 120_000
 
 
-def rows_worth_having(rows: int, balance: float = 0.0, **rates: float) -> int:
+def rows_worth_having(rows: int, balance: float = 0.0, wanted: int = 0, **rates: float) -> int:
     host = Load.host_decode(rows, rows * 1024)
-    return splitter(**rates).rows_worth_having(DEVICE, DEVICE, host, balance, most_rows=2048)
+    return splitter(**rates).rows_worth_having(DEVICE, DEVICE, host, balance, most_rows=2048, wanted=wanted)
 
 
 def test_whether_host_rows_pay_depends_on_how_many_there_will_be_and_on_the_host() -> None:
@@ -233,6 +233,12 @@ def test_whether_host_rows_pay_depends_on_how_many_there_will_be_and_on_the_host
     assert not rows_worth_having(60, host_gb_s=5.0)
     assert rows_worth_having(60, balance=10.0)
     assert not rows_worth_having(60, balance=80.0)  # the time goes to prompts, whoever decodes beside them
+
+
+def test_as_many_host_rows_stay_wanted_unless_another_number_is_clearly_better() -> None:
+    assert rows_worth_having(140, balance=1.0, wanted=138) == 138
+    assert rows_worth_having(140, balance=1.0, wanted=20) == 140
+    assert rows_worth_having(140, balance=1.0, wanted=150) == 140  # more than there are to be had
 
 
 def test_no_more_host_rows_are_worth_having_than_generate_more_tokens() -> None:

@@ -145,7 +145,7 @@ class Admission:
             reference, balance = self.outlook(running, iteration)
             self._host_rows_wanted = (
                 self._splitter.rows_worth_having(
-                    reference, device, future, balance, self._max_rows, begun=self._host_rows_wanted > 0
+                    reference, device, future, balance, self._max_rows, wanted=self._host_rows_wanted
                 )
                 if future.rows
                 else 0

@@ -17,7 +17,8 @@ class Policy:
     max_ratio: without a target, so many host sequences are admitted that they get a token once in so many iterations.
     slowest_ratio: where host rows do not pay, a lap of theirs may take so many iterations.
     max_skipped: and it begins after at most so many iterations without host rows.
-    min_gain: pipelining must be predicted to be this much better than device-only.
+    min_gain: pipelining must be predicted to be this much better than device-only, and another number of host rows
+        than the one that is wanted.
     entry_gain: and this much for the first request to enter the host tier, where it has to be served to its end;
         min_gain is enough for those that follow. Small gains are within what a prediction may be off: with 1.05 an 8B
         model on an H200 lost 4 percent.

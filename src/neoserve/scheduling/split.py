@@ -198,11 +198,11 @@ class Splitter:
         return pricing.best[prefill_rows]
 
     def rows_worth_having(
-        self, reference: Load, device: Load, host: Load, balance: float, most_rows: int, *, begun: bool = False
+        self, reference: Load, device: Load, host: Load, balance: float, most_rows: int, *, wanted: int = 0
     ) -> int:
         """How many of these host rows generate the most tokens a second beside these device rows; 0 where that is not
-        far better than device-only, or not better any more once host rows have `begun` to run: a few of them are worse
-        than none and than many.
+        far better than device-only, or not better any more where some are `wanted` already: a few of them are worse
+        than none and than many. As many as before unless another number is better than that.
 
         Both with `balance` prompt rows for each token, up to `most_rows` in an iteration, and without: who enters has
         to be served on when there are no more prompts.
@@ -221,10 +221,12 @@ class Splitter:
             device_only = pricing.device_only(min(most_rows, round(pace * device.rows)))
             return device_only.lasting_rate(pace) if device_only else 0.0
 
-        gain = self._policy.min_gain if begun else self._policy.entry_gain
+        gain = self._policy.min_gain if wanted else self._policy.entry_gain
         numbers = {math.ceil(host.rows * _FEWER**i) for i in range(_MOST_NUMBERS)}
+        if 0 < wanted <= host.rows:
+            numbers.add(wanted)
         rates = {number: rate(number, balance) for number in numbers}
-        best = max(rates, key=rates.__getitem__)
+        best = max(rates, key=lambda number: rates[number] * (self._policy.min_gain if number == wanted else 1.0))
         pays = rates[best] > gain * rate(0, balance) and rate(best, 0.0) > gain * rate(0, 0.0)
         return best if pays else 0
 
