@@ -202,7 +202,7 @@ class Splitter:
     ) -> int:
         """How many of these host rows generate the most tokens a second beside these device rows; 0 where that is not
         far better than device-only, or not better any more where some are `wanted` already: a few of them are worse
-        than none and than many. As many as before unless another number is better than that.
+        than none and than many. As many as are wanted unless another number is clearly better.
 
         Both with `balance` prompt rows for each token, up to `most_rows` in an iteration, and without: who enters has
         to be served on when there are no more prompts.
@@ -212,8 +212,10 @@ class Splitter:
         prompts = (Chunk(Tier.HOST, 0, length, samples=True),) * (most_rows // length + 1)
 
         def rate(num_host: int, pace: float) -> float:
-            host_tokens = (tokens,) * num_host
-            work = Work(reference, device, prompts, pace, False, host_tokens, None, 0, must_run_host=False)
+            work = Work(
+                reference, device, prompts, pace, fills_host=False,
+                host_tokens=(tokens,) * num_host, lap=None, lap_step=0, must_run_host=False,
+            )  # fmt: skip
             pricing = self._pricing(work)
             if num_host:
                 choice = self._in_balance(pricing, device.rows + num_host, 0, most_rows)
