@@ -77,6 +77,7 @@ def test_while_the_host_tier_fills_prompts_come_rather_faster_than_at_their_pace
         Splitter(cost, LARGE.num_layers, Policy()).choose(replace(now, fills_host=fills)) for fills in (True, False)
     )
     assert sum(fills.prefill_rows) >= pace * fills.decode_rows
+    assert sum(fills.num_host) == 12
     assert sum(pays.prefill_rows) < pace * pays.decode_rows
 
 

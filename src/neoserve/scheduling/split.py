@@ -174,6 +174,9 @@ class Splitter:
     def _in_balance(self, pricing: _Pricing, decode_rows: float, fewest: int, most: int) -> Choice:
         """The candidate with as many prompt rows as keep pace with its decodes, and at least with a full device
         pool's. decode_rows: a first guess; from few, host rows go slowly and prompts with them, from many, both fast.
+
+        Where none keeps pace, because host rows pay only beside fewer prompts than they would need, it is the last
+        one tried; while the host tier fills, the one with the most prompts, and host rows run nevertheless.
         """
         work = pricing.work
         tried: list[Choice] = []
@@ -183,7 +186,13 @@ class Splitter:
                 return tried[-1]
             tried.append(self._with_prompts(pricing, wanted))
             decode_rows = max(work.reference.rows, tried[-1].decode_rows)
-        return max(tried, key=_prefill_rows) if work.fills_host else tried[-1]
+        if not work.fills_host:
+            return tried[-1]
+        most_rows = max(tried, key=_prefill_rows)
+        if work.host_tokens and not any(most_rows.num_host):
+            whole = self._whole_lap(pricing, _prefill_rows(most_rows))
+            return whole if self._meets_target(whole) else most_rows
+        return most_rows
 
     def _with_prompts(self, pricing: _Pricing, prefill_rows: int) -> Choice:
         """The best candidate with so many prompt rows."""
@@ -258,10 +267,7 @@ class Splitter:
     def _begin_lap(self, pricing: _Pricing, prefill_rows: int) -> Choice:
         """Host rows wait for a lap: none of them, all beside the rest, split over both, or a lap over several."""
         num_host = len(pricing.work.host_tokens)
-        whole = self._best_split(pricing, (prefill_rows, 0))
-        if prefill_rows > 1:
-            half = -(-prefill_rows // 2)
-            whole = max(whole, self._best_split(pricing, (half, half)), key=_rate)
+        whole = self._whole_lap(pricing, prefill_rows)
         if not pricing.work.device.rows:
             return whole
         device_only = pricing.device_only(prefill_rows)
@@ -281,6 +287,14 @@ class Splitter:
             return pricing.price((0, 0), 0, 0, self._num_steps - step)
         best = self._best_ratio(pricing, prefill_rows)
         return best or pricing.price((prefill_rows, 0), 0, 0, self._steps(self._policy.slowest_ratio, step))
+
+    def _whole_lap(self, pricing: _Pricing, prefill_rows: int) -> Choice:
+        """All host rows make a whole lap now, with the prompts in sub-batch 0 or half of them in each."""
+        whole = self._best_split(pricing, (prefill_rows, 0))
+        if prefill_rows > 1:
+            half = -(-prefill_rows // 2)
+            whole = max(whole, self._best_split(pricing, (half, half)), key=_rate)
+        return whole
 
     def _best_split(self, pricing: _Pricing, prefill_rows: tuple[int, int]) -> Choice:
         """All host rows make a whole lap now, so many of them in sub-batch 1 that it takes the least time."""
