@@ -12,7 +12,7 @@ from neoserve.core.plan import Tier
 from neoserve.core.program import Span
 from neoserve.scheduling.cost import CostModel, CostTable, Curve, Load
 from neoserve.scheduling.policy import Policy
-from neoserve.scheduling.split import Choice, Chunk, Splitter, Work, deal
+from neoserve.scheduling.split import Choice, Chunk, Pace, Splitter, Work, deal
 from tests.control.environment import H200_LINEAR_US, LARGE
 
 NUM_STEPS = LARGE.num_layers + 1
@@ -34,7 +34,7 @@ def work(
     pace: float = 10.0,
     fills_host: bool = False,
 ) -> Work:
-    return Work(DEVICE, device, chunks, pace, fills_host, host, lap, lap_step, must_run_host)
+    return Work(DEVICE, device, chunks, Pace(pace, fills_host), host, lap, lap_step, must_run_host)
 
 
 def is_device_only(choice: Choice) -> bool:
@@ -72,9 +72,12 @@ def test_while_the_host_tier_fills_prompts_come_rather_faster_than_at_their_pace
     """Host rows pay beside 650 prompt rows, which are too few for 30 tokens, and not beside 1,080; with those that pay
     at the moment, as many sequences would end as come."""
     cost = CostModel(replace(CostTable.rough(LARGE, launch_us=24.0), linear=Curve(H200_LINEAR_US)), LARGE)
-    now = work(host=(1030,) * 12, chunks=(prompt(1000, Tier.HOST), prompt(1048)), pace=pace)
+    host, chunks = (1030,) * 12, (prompt(1000, Tier.HOST), prompt(1048))
     fills, pays = (
-        Splitter(cost, LARGE.num_layers, Policy()).choose(replace(now, fills_host=fills)) for fills in (True, False)
+        Splitter(cost, LARGE.num_layers, Policy()).choose(
+            work(host=host, chunks=chunks, pace=pace, fills_host=fills_host)
+        )
+        for fills_host in (True, False)
     )
     assert sum(fills.prefill_rows) >= pace * fills.decode_rows
     assert sum(fills.num_host) == 12

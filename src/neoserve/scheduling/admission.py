@@ -14,7 +14,7 @@ from neoserve.core.request import Request
 from neoserve.scheduling.cost import CostModel, Load
 from neoserve.scheduling.placement import Placement
 from neoserve.scheduling.sequence import Sequence
-from neoserve.scheduling.split import Splitter
+from neoserve.scheduling.split import Pace, Splitter
 
 _FORESIGHT = 64  # waiting requests that count when judging whether host rows will pay
 _HOST_JUDGEMENT_AGE = 64  # iterations for which that judgement holds
@@ -29,18 +29,6 @@ class Outlook(NamedTuple):
 
     reference: Load
     balance: float
-
-
-class Pace(NamedTuple):
-    """How fast to compute prompts. prompt_rows: for each token that is generated. fills_host: rather more rows than
-    that than fewer, so that host rows come to be as many as are wanted.
-    """
-
-    prompt_rows: float
-    fills_host: bool
-
-
-NO_PACE = Pace(0.0, fills_host=False)
 
 
 class Admission:
@@ -119,7 +107,7 @@ class Admission:
         wanted."""
         balance = self.outlook(running, iteration).balance
         if not self._host_rows_wanted:
-            return Pace(balance, fills_host=False)
+            return Pace(balance)
         _, host = _resident_load(running)
         share = host.rows / self._host_rows_wanted
         return Pace(balance * max(1.0, 2.0 - share), fills_host=share < _FILLED)

@@ -24,14 +24,14 @@ from neoserve.core.plan import IterationPlan, IterationResult, Rows, SubBatch, T
 from neoserve.core.program import is_pipelined
 from neoserve.core.request import Request, TokenEvent
 from neoserve.core.stats import EngineStats
-from neoserve.scheduling.admission import NO_PACE, Admission
+from neoserve.scheduling.admission import Admission
 from neoserve.scheduling.cost import CostModel, Load, Price
 from neoserve.scheduling.laps import Lap, OpenIteration
 from neoserve.scheduling.outcome import Outcome
 from neoserve.scheduling.placement import Placement
 from neoserve.scheduling.policy import Policy
 from neoserve.scheduling.sequence import Sequence
-from neoserve.scheduling.split import Choice, Chunk, Splitter, Work, deal
+from neoserve.scheduling.split import NO_PACE, Choice, Chunk, Splitter, Work, deal
 
 Prefill = tuple[Sequence, Rows]
 
@@ -237,13 +237,11 @@ class Scheduler:
     def _choose(self, device: list[Sequence], host: list[Sequence], chunks: list[Chunk]) -> Choice:
         lap = self._host_lap
         running = self._running.values()
-        pace = self._admission.pace(running, self._num_iterations) if chunks else NO_PACE
         work = Work(
             reference=self._admission.outlook(running, self._num_iterations).reference,
             device=Load.device_decode(len(device), sum(s.computed for s in device) + len(device)),
             chunks=tuple(chunks),
-            pace=pace.prompt_rows,
-            fills_host=pace.fills_host,
+            pace=self._admission.pace(running, self._num_iterations) if chunks else NO_PACE,
             host_tokens=() if lap else tuple(s.computed + 1 for s in host),
             lap=lap.load if lap else None,
             lap_step=lap.next_step if lap else 0,

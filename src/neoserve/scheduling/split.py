@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
 from neoserve.core.plan import Tier
 from neoserve.core.program import Span
@@ -38,13 +39,24 @@ class Chunk:
     samples: bool
 
 
+class Pace(NamedTuple):
+    """How fast to compute prompts. prompt_rows: for each token that is generated. fills_host: rather more rows than
+    that than fewer, so that host rows come to be as many as are wanted.
+    """
+
+    prompt_rows: float
+    fills_host: bool = False
+
+
+NO_PACE = Pace(0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """What an iteration could do.
 
     reference: decode rows of as many sequences as the device pool could hold. device: all decode rows of DEVICE
-    sequences. chunks: of prompts, oldest first. pace: prompt rows to compute for each token that is generated.
-    fills_host: rather more than that than fewer.
+    sequences. chunks: of prompts, oldest first. pace: how fast to compute them.
     host_tokens: KV tokens of each HOST sequence that could decode, in the order in which they go to sub-batch 1.
     lap, lap_step: the host lap in flight in sub-batch 1 and its next step.
     must_run_host: host rows have waited long enough.
@@ -53,8 +65,7 @@ class Work:
     reference: Load
     device: Load
     chunks: tuple[Chunk, ...]
-    pace: float
-    fills_host: bool
+    pace: Pace
     host_tokens: tuple[int, ...]
     lap: Load | None
     lap_step: int
@@ -80,7 +91,7 @@ class Choice:
 
     def lasting_rate(self, pace: float) -> float:
         """Tokens generated in a microsecond, as far as `pace` prompt rows come with each."""
-        lasting = min(self.decode_rows, sum(self.prefill_rows) / pace) if pace else self.decode_rows
+        lasting = min(self.decode_rows, _prefill_rows(self) / pace) if pace else self.decode_rows
         return lasting / self.price.total_us
 
 
@@ -163,8 +174,8 @@ class Splitter:
             return self._with_prompts(pricing, available)
         num_host = len(work.host_tokens) + (work.lap.host_rows if work.lap else 0)
         fewest = self._ridge_rows(work.reference) * (2 if num_host else 1)
-        guesses = {work.reference.rows, max(work.reference.rows, work.device.rows + num_host)}
-        choice = max((self._in_balance(pricing, rows, fewest, available) for rows in sorted(guesses)), key=_rate)
+        guesses = (work.reference.rows, max(work.reference.rows, work.device.rows + num_host))
+        choice = max((self._in_balance(pricing, rows, fewest, available) for rows in guesses), key=_rate)
         while (rows := _prefill_rows(choice)) < available:
             if available / rows * choice.price.total_us <= self._target_ttft_us:
                 break
@@ -181,30 +192,27 @@ class Splitter:
         work = pricing.work
         tried: list[Choice] = []
         for _ in range(_BALANCING_ROUNDS):
-            wanted = min(most, max(fewest, round(work.pace * decode_rows)))
+            wanted = min(most, max(fewest, round(work.pace.prompt_rows * decode_rows)))
             if tried and abs(wanted - _prefill_rows(tried[-1])) <= _prefill_rows(tried[-1]) // 8:
                 return tried[-1]
             tried.append(self._with_prompts(pricing, wanted))
             decode_rows = max(work.reference.rows, tried[-1].decode_rows)
-        if not work.fills_host:
+        if not work.pace.fills_host:
             return tried[-1]
         most_rows = max(tried, key=_prefill_rows)
         if work.host_tokens and not any(most_rows.num_host):
             whole = self._whole_lap(pricing, _prefill_rows(most_rows))
-            return whole if self._meets_target(whole) else most_rows
+            if self._meets_target(whole):
+                return whole
         return most_rows
 
     def _with_prompts(self, pricing: _Pricing, prefill_rows: int) -> Choice:
         """The best candidate with so many prompt rows."""
-        if prefill_rows not in pricing.best:
-            if pricing.work.lap:
-                best = self._advance_lap(pricing, prefill_rows)
-            elif pricing.work.host_tokens:
-                best = self._begin_lap(pricing, prefill_rows)
-            else:
-                best = pricing.price((prefill_rows, 0), 0, 0, 0)
-            pricing.best[prefill_rows] = best
-        return pricing.best[prefill_rows]
+        if pricing.work.lap:
+            return self._advance_lap(pricing, prefill_rows)
+        if pricing.work.host_tokens:
+            return self._begin_lap(pricing, prefill_rows)
+        return pricing.price((prefill_rows, 0), 0, 0, 0)
 
     def rows_worth_having(
         self, reference: Load, device: Load, host: Load, balance: float, most_rows: int, *, wanted: int = 0
@@ -221,10 +229,7 @@ class Splitter:
         prompts = (Chunk(Tier.HOST, 0, length, samples=True),) * (most_rows // length + 1)
 
         def rate(num_host: int, pace: float) -> float:
-            work = Work(
-                reference, device, prompts, pace, fills_host=False,
-                host_tokens=(tokens,) * num_host, lap=None, lap_step=0, must_run_host=False,
-            )  # fmt: skip
+            work = Work(reference, device, prompts, Pace(pace), (tokens,) * num_host, None, 0, must_run_host=False)
             pricing = self._pricing(work)
             if num_host:
                 choice = self._in_balance(pricing, device.rows + num_host, 0, most_rows)
@@ -368,10 +373,9 @@ class Splitter:
 
 
 class _Pricing:
-    """Prices the candidates of one iteration.
+    """Prices the candidates of one iteration, each once: searches from several sides meet many of them again.
 
-    decode_us, prefill_row_us: what a decode token and a prefill row are worth. best: candidates found to be the best
-    with so many prompt rows.
+    decode_us, prefill_row_us: what a decode token and a prefill row are worth.
     """
 
     def __init__(self, cost: CostModel, num_steps: int, work: Work, decode_us: float, prefill_row_us: float) -> None:
@@ -382,11 +386,16 @@ class _Pricing:
         self._prefill_row_us = prefill_row_us
         self._host_tokens = tuple(accumulate(work.host_tokens, initial=0))
         self._prefill: dict[tuple[int, int], tuple[Load, Load]] = {}
-        self._device_only: dict[int, Choice] = {}
-        self.best: dict[int, Choice] = {}
+        self._choices: dict[tuple[tuple[int, int], int, int, int], Choice] = {}
 
     def price(self, prefill_rows: tuple[int, int], num_first: int, num_second: int, lap_steps: int) -> Choice:
         """The candidate with this split; `lap_steps` of a lap in flight, or of one that begins with `num_second`."""
+        key = (prefill_rows, num_first, num_second, lap_steps)
+        if key not in self._choices:
+            self._choices[key] = self._price(*key)
+        return self._choices[key]
+
+    def _price(self, prefill_rows: tuple[int, int], num_first: int, num_second: int, lap_steps: int) -> Choice:
         work = self.work
         first, second = self._prefill_loads(prefill_rows)
         first += work.device
@@ -415,9 +424,7 @@ class _Pricing:
         """The candidate without any host rows; `None` if there is nothing else."""
         if not (self.work.device.rows or prefill_rows):
             return None
-        if prefill_rows not in self._device_only:
-            self._device_only[prefill_rows] = self.price((prefill_rows, 0), 0, 0, 0)
-        return self._device_only[prefill_rows]
+        return self.price((prefill_rows, 0), 0, 0, 0)
 
     def _prefill_loads(self, limits: tuple[int, int]) -> tuple[Load, Load]:
         if limits not in self._prefill:
