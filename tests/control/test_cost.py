@@ -34,6 +34,7 @@ def table(**changes: object) -> CostTable:
         handoff_us=0.0,
         handoff_us_per_row=0.0,
         launch_us=0.0,
+        decode_launch_us=0.0,
         graph_launch_us=0.0,
         migration_us_per_token=0.0,
     )
@@ -90,8 +91,11 @@ def test_lock_step_hides_host_attention_behind_the_other_sub_batch() -> None:
 
 
 def test_enqueueing_is_a_floor_and_graphs_lower_it() -> None:
-    eager = table(launch_us=100.0, graph_launch_us=150.0)
-    assert total(eager, [whole()], {0: Load.device_decode(1, 1)}) == 150.0
+    eager = table(launch_us=100.0, decode_launch_us=60.0, graph_launch_us=150.0)
+    decode = Load.device_decode(1, 1)
+    assert total(eager, [whole()], {0: decode}) == 150.0
+    assert total(eager, [Span(0, 0, 3, False)], {0: decode}) == 3 * 60.0
+    assert total(eager, [whole(), whole(1, host=True)], {0: decode, 1: Load.host_decode(1, 1)}) == 4 * (60.0 + 500.0)
     assert total(eager, [whole()], {0: Load.prefill(Tier.DEVICE, 0, 4, samples=True)}) == 4 * 3 * 100.0
 
 

@@ -50,7 +50,7 @@ class Completion(Protocol):
         """Whether the work is done, without blocking."""
 
     def elapsed_us(self) -> float:
-        """How long the work took on the device, once it is done."""
+        """How long the work of a `submit` took on the device, once it is done."""
 
 
 @dataclass(frozen=True, slots=True)

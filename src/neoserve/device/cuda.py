@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,11 +30,11 @@ _CLOCK_ATTEMPTS = 5
 
 
 class _Submitted:
-    """Work on a stream, between two events; its own `Completion`."""
+    """Work on a stream, between two events; its own `Completion`. What is not timed costs less, and has no start."""
 
-    def __init__(self) -> None:
-        self.start = torch.cuda.Event(enable_timing=True)
-        self.end = torch.cuda.Event(enable_timing=True, blocking=True)
+    def __init__(self, *, timed: bool) -> None:
+        self.start = torch.cuda.Event(enable_timing=True) if timed else None
+        self.end = torch.cuda.Event(enable_timing=timed, blocking=True)
         self.error: Exception | None = None
 
     def wait(self) -> None:
@@ -45,6 +46,7 @@ class _Submitted:
         return bool(self.end.query())
 
     def elapsed_us(self) -> float:
+        assert self.start is not None, "only what `submit` began is timed"
         return float(self.start.elapsed_time(self.end)) * 1e3
 
 
@@ -59,6 +61,22 @@ class _EventMark(Mark):
         event = torch.cuda.Event(enable_timing=True)
         event.record(stream)
         return cls(event)
+
+
+@contextmanager
+def _current(stream: torch.cuda.Stream) -> Iterator[None]:
+    """With the stream current, in inference mode. A copy of every layer of a staged prompt is enqueued so, and torch's
+    own context managers take several times as long."""
+    outer = torch.cuda.current_stream(stream.device)
+    torch.cuda.set_stream(stream)
+    try:
+        if torch.is_inference_mode_enabled():
+            yield
+        else:
+            with torch.inference_mode():
+                yield
+    finally:
+        torch.cuda.set_stream(outer)
 
 
 class _Channel:
@@ -109,6 +127,7 @@ class CudaDevice(Device):
         self._driver = Driver()
         self._compute = torch.cuda.Stream(self.torch_device, priority=-1)
         self._copies = torch.cuda.Stream(self.torch_device)
+        self._forked = torch.cuda.Event()
         self._channels = tuple(_Channel(self.torch_device) for _ in range(_NUM_CHANNELS))
         self._registered: list[RegisteredMemory] = []
         self._flag_addresses: dict[int, int] = {}
@@ -131,12 +150,13 @@ class CudaDevice(Device):
         return host.copy_(tensor, non_blocking=True)
 
     def submit(self, work: Callable[[], None]) -> Completion:
-        return self._submit(self._compute, work)
+        return self._submit(self._compute, work, timed=True)
 
     def submit_copies(self, work: Callable[[], None]) -> Completion:
-        self._copies.wait_stream(self._compute)
-        submitted = self._submit(self._copies, work)
-        if self.on_copy is not None:
+        self._forked.record(self._compute)
+        self._copies.wait_event(self._forked)
+        submitted = self._submit(self._copies, work, timed=self.on_copy is not None)
+        if self.on_copy is not None and submitted.start is not None:
             self.on_copy(Copy("tiers", None, _EventMark(submitted.start), _EventMark(submitted.end)))
         return submitted
 
@@ -179,10 +199,11 @@ class CudaDevice(Device):
     def synchronise(self) -> None:
         torch.cuda.synchronize(self.torch_device)
 
-    def _submit(self, stream: torch.cuda.Stream, work: Callable[[], None]) -> _Submitted:
-        submitted = _Submitted()
-        with torch.cuda.stream(stream), torch.inference_mode():
-            submitted.start.record(stream)
+    def _submit(self, stream: torch.cuda.Stream, work: Callable[[], None], *, timed: bool) -> _Submitted:
+        submitted = _Submitted(timed=timed)
+        with _current(stream):
+            if submitted.start is not None:
+                submitted.start.record(stream)
             try:
                 work()
             except Exception as error:  # handed to whoever waits for the work

@@ -117,6 +117,7 @@ class Calibration:
             handoff_us=self._handoff_us(1, task_us),
             handoff_us_per_row=self._handoff_us_per_row(task_us, us_per_row),
             launch_us=self._launch_us(),
+            decode_launch_us=self._decode_launch_us(),
             graph_launch_us=self._graph_launch_us(),
             migration_us_per_token=self._migration_us_per_token(),
         )
@@ -310,32 +311,39 @@ class Calibration:
         return max(0.0, more_us / (num_rows - 1))
 
     def _launch_us(self) -> float:
-        """Enqueueing one stage of a lap between whose layers another sub-batch's work stands, by what is recorded.
+        """Enqueueing one stage of a lap with a prompt.
 
         The reference device does the work where it enqueues it, so there it costs nothing.
         """
-        num_steps = self._shape.num_layers + 1
-        # An iteration of one span that is not a whole lap goes stage by stage.
-        return self._enqueue_us(lap_steps=(num_steps - 1, num_steps)) / (3 * num_steps)
+        return self._enqueue_us(prompt=True, whole=True) / (3 * (self._shape.num_layers + 1))
+
+    def _decode_launch_us(self) -> float:
+        """Enqueueing one step of a lap of device decodes between whose layers another sub-batch's work stands."""
+        return self._enqueue_us(prompt=False, whole=False) / (self._shape.num_layers + 1)
 
     def _graph_launch_us(self) -> float:
         """Enqueueing a whole lap of device decodes."""
-        return self._enqueue_us(lap_steps=(self._shape.num_layers + 1,))
+        return self._enqueue_us(prompt=False, whole=True)
 
-    def _enqueue_us(self, lap_steps: tuple[int, ...]) -> float:
-        """CPU time to launch a lap of one device decode, cut into iterations that stop at `lap_steps`."""
+    def _enqueue_us(self, *, prompt: bool, whole: bool) -> float:
+        """CPU time to launch a lap of one row, of a prompt or a device decode, as one iteration or in two parts.
+
+        An iteration of a part of a lap goes step by step, as beside another lap.
+        """
         config = self._config
         if config.device != "cuda" or not config.device_blocks:
             return 0.0
         request = Request("calibration", (0,), SamplingParams(temperature=0, max_tokens=2), (), 0.0)
         self._executor.add(request)
         block_ids = np.zeros(1, dtype=np.int32)
-        prompt = Rows(request.request_id, 0, Tier.DEVICE, 0, 1, (0,), block_ids, (), True, 0)
-        decode = Rows(request.request_id, 0, Tier.DEVICE, 1, 1, None, block_ids, (), True, 1)
+        first = Rows(request.request_id, 0, Tier.DEVICE, 0, 1, (0,), block_ids, (), True, 0)
+        second = Rows(request.request_id, 0, Tier.DEVICE, 1, 1, None, block_ids, (), True, 1)
+        num_steps = self._shape.num_layers + 1
+        stops = (num_steps,) if whole else (num_steps - 1, num_steps)
         times = []
         for turn in range(REPEATS + 1):
-            sub_batch = SubBatch(0, turn, (), (decode,), ()) if turn else SubBatch(0, turn, (prompt,), (), ())
-            starts = (0, *lap_steps[:-1])
+            is_prompt = prompt or turn == 0
+            sub_batch = SubBatch(0, turn, (first,) if is_prompt else (), () if is_prompt else (second,), ())
             start_s = time.perf_counter()
             launched = [
                 self._executor.launch(
@@ -343,12 +351,12 @@ class Calibration:
                         iteration=turn,
                         begins=(sub_batch,) if start == 0 else (),
                         spans=(Span(0, start, stop, False),),
-                        ends=(sub_batch,) if stop == lap_steps[-1] else (),
+                        ends=(sub_batch,) if stop == num_steps else (),
                         migrations=(),
                         predicted_us=0.0,
                     )
                 )
-                for start, stop in zip(starts, lap_steps, strict=True)
+                for start, stop in zip((0, *stops[:-1]), stops, strict=True)
             ]
             times.append((time.perf_counter() - start_s) * 1e6)
             for iteration in launched:

@@ -1,8 +1,12 @@
 """Recorded work: what would be enqueued kernel by kernel, at some 10 us of Python each, is enqueued as one.
 
-Two kinds of recordings, both for fixed numbers of rows, the *buckets*; rows that fill a bucket up compute nothing that
-anyone reads. A whole lap of device decodes, all but its HEAD, is one recording. In every other program attention is
-enqueued between the layers, and each lap's linear work between two attentions, POST(l) and PRE(l + 1), is one.
+All are for fixed numbers of rows, the *buckets*; rows that fill a bucket up compute nothing that anyone reads. A lap
+over L layers has L + 1 steps: step i is POST(i - 1) and PRE(i), the first begins with the embedding, the last is only
+POST(L - 1). Three kinds of recordings:
+
+- a lap of nothing but device decodes, which runs alone: all of its steps, with their attention, in one;
+- such a lap beside another one: each step with its attention, if layers are short;
+- any other lap: each step without its attention, which is enqueued between the steps.
 
 Shape letters: T rows, B sequences, S slots, C = H + 2K heads of a fused qkv row, H query heads, K kv heads, D head dim,
 E model dim.
@@ -20,10 +24,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from neoserve.core.config import ResolvedConfig
+from neoserve.core.config import DTYPE_BYTES, ModelShape, ResolvedConfig
 from neoserve.device.base import DecodePlans, Device, PagedBatch
 from neoserve.execution.kv_store import KVStore
-from neoserve.execution.linear import EagerLinear, Linear
+from neoserve.execution.linear import AttentionRows, Linear
 from neoserve.kernels.paged_arrays import pad_decode
 from neoserve.models.decoder import Decoder, split_qkv
 
@@ -31,11 +35,17 @@ logger = logging.getLogger(__name__)
 
 LAP_BUCKETS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128)
 STAGE_BUCKETS = (16, 32, 64, 96, 128, 192, 256)
-"""Rows beyond the largest keep a GPU busy for longer than it takes to enqueue them kernel by kernel."""
+MORE_STAGE_BUCKETS = (320, 384, 448, 512, 640, 768)
+"""For short layers. Rows beyond the largest keep a GPU busy for longer than it takes to enqueue them by kernel."""
 MAX_RECORD_S = 25.0
 MAX_RECORD_BYTES = 2**31
+_SHORT_LAYER_SHARE = 128
+"""A short layer takes a GPU less time than it takes to enqueue it: its weights are at most one part in so many of the
+GPU's memory, all of which the GPUs of one time read in much the same time, 25 to 50 ms."""
 
 Replay = Callable[[], None]
+Attend = Callable[[int, torch.Tensor], None]
+"""What becomes of a layer's `qkv_TCD`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +95,17 @@ class Rows:
 
 
 class RecordedLinear:
-    """`Linear` by recordings.
+    """`Linear` by recordings of a lap's steps.
 
-    Step i of a lap over L layers is POST(i - 1) and PRE(i), which stand side by side in every program; step 0 begins
-    with the embedding. So `post` leaves its work to the `pre` that follows; only the last one replays its own.
+    POST(i - 1) and PRE(i) stand side by side in every program, so `post` leaves its work to the `pre` that follows;
+    only the last one replays its own.
     """
 
-    def __init__(self, rows: Rows, steps: Sequence[Replay]) -> None:
+    def __init__(self, rows: Rows, steps: Sequence[Replay], shape: ModelShape) -> None:
         self._rows = rows
         self._steps = steps
+        self._shape = shape
+        self._attention_rows: dict[tuple[int, int], AttentionRows] = {}
         self.x_TE = rows.x_TE
         self.qkv_TCD, self.attn_THD = rows.qkv_TCD, rows.attn_THD
 
@@ -103,6 +115,12 @@ class RecordedLinear:
 
     def pre(self, layer: int) -> None:
         self._steps[layer]()
+
+    def attention_rows(self, rows: slice) -> AttentionRows:
+        key = (rows.start, rows.stop)
+        if key not in self._attention_rows:
+            self._attention_rows[key] = AttentionRows.of(self.qkv_TCD, self.attn_THD, rows, self._shape)
+        return self._attention_rows[key]
 
     def post(self, layer: int) -> None:
         if layer == len(self._steps) - 2:
@@ -122,38 +140,28 @@ class StageGraphs:
     def record(self, size: int) -> None:
         """On the stream: record every step for `size` rows."""
         rows = self._rows.first(size)
-        num_layers = self._model.shape.num_layers
 
-        def work(step: int) -> Replay:
-            return lambda: self._step(step, rows)
+        def keep(_: int, qkv_TCD: torch.Tensor) -> None:
+            rows.qkv_TCD.copy_(qkv_TCD)
 
-        for step in (0, 1, num_layers):  # each kernel runs once before it is recorded; the layers' are the same
-            self._step(step, rows)
-        self._steps[size] = tuple(self._device.record(work(step), shared=True) for step in range(num_layers + 1))
+        steps = _steps(self._model, rows, keep)
+        for step in (0, 1, -1):  # each kernel runs once before it is recorded; the layers' are the same
+            steps[step]()
+        self._steps[size] = tuple(self._device.record(step, shared=True) for step in steps)
 
     def linear(self, num_rows: int) -> Linear | None:
         """For a lap of `num_rows` rows; `None` when no recorded bucket holds them."""
         size = _bucket(sorted(self._steps), num_rows)
-        return RecordedLinear(self._rows.first(num_rows), self._steps[size]) if size is not None else None
-
-    def _step(self, step: int, rows: Rows) -> None:
-        layers = self._model.layers
-        if step == 0:
-            x_TE = self._model.embed(rows.token_ids_T)
-            qkv_TCD, residual_TE = layers[0].before_attention(x_TE, None, rows.positions_T)
-        else:
-            x_TE, residual_TE = layers[step - 1].after_attention(rows.attn_THD, rows.residual_TE)
-            if step == len(layers):
-                rows.x_TE.copy_(x_TE)
-                _keep(rows.residual_TE, residual_TE)
-                return
-            qkv_TCD, residual_TE = layers[step].before_attention(x_TE, residual_TE, rows.positions_T)
-        rows.qkv_TCD.copy_(qkv_TCD)
-        _keep(rows.residual_TE, residual_TE)
+        if size is None:
+            return None
+        return RecordedLinear(self._rows.first(num_rows), self._steps[size], self._model.shape)
 
 
 class LapGraphs:
-    """Recordings of whole laps of device decodes, up to the HEAD, for each bucket of sequences."""
+    """Recordings of laps of device decodes, up to the HEAD, for each bucket of sequences: as a whole, and in steps.
+
+    One such lap is in flight at a time: all have the same rows and plans.
+    """
 
     def __init__(
         self, device: Device, model: Decoder, store: KVStore, last_ids_S: torch.Tensor, rows: Rows, plans: DecodePlans
@@ -167,16 +175,23 @@ class LapGraphs:
         self._slots_B = torch.zeros_like(rows.positions_T)
         self._plans = plans
         self._laps: dict[int, Replay] = {}
+        self._steps: dict[int, tuple[Replay, ...]] = {}
 
     def record(self, size: int) -> None:
-        """On the stream: record the lap of `size` sequences."""
+        """On the stream: record the lap of `size` sequences as a whole."""
         self._plans.plan(pad_decode(_NO_SEQUENCES, size, self._store.padding_block))
+        steps = self._work(size)
 
         def work() -> None:
-            self._lap(size)
+            for step in steps:
+                step()
 
         work()  # each kernel runs once before it is recorded
         self._laps[size] = self._device.record(work, shared=True)
+
+    def record_steps(self, size: int) -> None:
+        """On the stream: record each step of the lap of `size` sequences, which `record` has recorded before."""
+        self._steps[size] = tuple(self._device.record(step, shared=True) for step in self._work(size))
 
     def holds(self, num_sequences: int) -> bool:
         """Whether a recorded bucket holds a lap of so many sequences."""
@@ -184,27 +199,61 @@ class LapGraphs:
 
     def replay(self, batch: PagedBatch, slots_B: torch.Tensor, positions_B: torch.Tensor) -> Linear:
         """Enqueue the lap of a decode batch whose sequences have `slots_B`; what it leaves for the HEAD."""
-        num_sequences = batch.num_sequences
-        size = _bucket(sorted(self._laps), num_sequences)
+        size = _bucket(sorted(self._laps), batch.num_sequences)
         assert size is not None, "ask `holds` first"
-        self._slots_B[:num_sequences].copy_(slots_B)
-        self._rows.positions_T[:num_sequences].copy_(positions_B)
-        self._plans.plan(pad_decode(batch, size, self._store.padding_block))
+        self._bring(batch, size, slots_B, positions_B)
         self._laps[size]()
-        return RecordedLinear(self._rows.first(num_sequences), ())
+        return RecordedLinear(self._rows.first(batch.num_sequences), (), self._model.shape)
 
-    def _lap(self, size: int) -> None:
-        rows, shape = self._rows.first(size), self._model.shape
+    def steps(self, batch: PagedBatch, slots_B: torch.Tensor, positions_B: torch.Tensor) -> Linear | None:
+        """Begin the lap of such a batch in steps, each with its EMBED or POST, its PRE and its ATTEND; `None` if no
+        recorded bucket holds it."""
+        size = _bucket(sorted(self._steps), batch.num_sequences)
+        if size is None:
+            return None
+        self._bring(batch, size, slots_B, positions_B)
+        return RecordedLinear(self._rows.first(batch.num_sequences), self._steps[size], self._model.shape)
+
+    def _bring(self, batch: PagedBatch, size: int, slots_B: torch.Tensor, positions_B: torch.Tensor) -> None:
+        self._slots_B[: batch.num_sequences].copy_(slots_B)
+        self._rows.positions_T[: batch.num_sequences].copy_(positions_B)
+        self._plans.plan(pad_decode(batch, size, self._store.padding_block))
+
+    def _work(self, size: int) -> list[Replay]:
+        """The steps of a lap, to be recorded."""
+        store, shape, rows = self._store, self._model.shape, self._rows.first(size)
         attention = self._plans.bucket(size)
-        linear = EagerLinear(self._model)
-        linear.embed(self._last_ids_S[self._slots_B[:size]], rows.positions_T)
-        for layer in range(shape.num_layers):
-            linear.pre(layer)
-            q_THD, k_TKD, v_TKD = split_qkv(linear.qkv_TCD, shape)
-            kv_N2KPD = self._store.device_LN2KPD[layer]
-            attention.run(q_THD, k_TKD, v_TKD, kv_N2KPD, linear.attn_THD)
-            linear.post(layer)
-        rows.x_TE.copy_(linear.x_TE)
+
+        def attend(layer: int, qkv_TCD: torch.Tensor) -> None:
+            attention.run(*split_qkv(qkv_TCD, shape), store.device_LN2KPD[layer], rows.attn_THD)
+
+        embed, *others = _steps(self._model, rows, attend)
+
+        def first() -> None:
+            rows.token_ids_T.copy_(self._last_ids_S[self._slots_B[:size]])
+            embed()
+
+        return [first, *others]
+
+
+def _steps(model: Decoder, rows: Rows, attend: Attend) -> list[Replay]:
+    """The steps of a lap of `rows`, to be recorded; `attend` is called with what each PRE has made."""
+    return [partial(_step, model, step, rows, attend) for step in range(model.shape.num_layers + 1)]
+
+
+def _step(model: Decoder, step: int, rows: Rows, attend: Attend) -> None:
+    layers = model.layers
+    if step == 0:
+        x_TE = model.embed(rows.token_ids_T)
+        qkv_TCD, residual_TE = layers[0].before_attention(x_TE, None, rows.positions_T)
+    else:
+        x_TE, residual_TE = layers[step - 1].after_attention(rows.attn_THD, rows.residual_TE)
+        if step == len(layers):
+            rows.x_TE.copy_(x_TE)
+            return
+        qkv_TCD, residual_TE = layers[step].before_attention(x_TE, residual_TE, rows.positions_T)
+    _keep(rows.residual_TE, residual_TE)
+    attend(step, qkv_TCD)
 
 
 class Graphs:
@@ -217,6 +266,9 @@ class Graphs:
         dtype: torch.dtype = getattr(torch, config.dtype)
         self._lap: LapGraphs | None = None
         self._stages: tuple[StageGraphs, ...] = ()
+        layer_bytes = config.shape.layer_parameters * DTYPE_BYTES[config.dtype]
+        is_short = layer_bytes * _SHORT_LAYER_SHARE <= device.total_bytes()
+        self._cuts_laps = bool(config.host_blocks) and is_short
         if config.enforce_eager:
             return
         if config.device_blocks:
@@ -225,18 +277,21 @@ class Graphs:
             plans = device.ops.decode_plans(sizes, config.device_blocks, store.padding_block)
             self._lap = LapGraphs(device, model, store, last_ids_S, rows, plans)
         if config.host_blocks:
-            sizes = _up_to(STAGE_BUCKETS, config.max_num_batched_tokens)
+            buckets = STAGE_BUCKETS + MORE_STAGE_BUCKETS if is_short else STAGE_BUCKETS
+            sizes = _up_to(buckets, config.max_num_batched_tokens)
             self._stages = tuple(StageGraphs(device, model, dtype, sizes) for _ in range(2))
 
     def record(self) -> Recorded | None:
         """Record what time and memory allow, largest buckets first; `None` where there is nothing to record."""
-        sets = [graphs for graphs in (self._lap, *self._stages) if graphs is not None]
-        work = [(graphs, size) for graphs in sets for size in reversed(graphs.sizes)]
+        sets = [(graphs.record, graphs.sizes) for graphs in (self._lap, *self._stages) if graphs is not None]
+        if self._lap is not None and self._cuts_laps:
+            sets.append((self._lap.record_steps, self._lap.sizes))
+        work = [partial(record, size) for record, sizes in sets for size in reversed(sizes)]
         if not work:
             return None
         start_s, free_bytes, num_recorded = time.perf_counter(), self._device.free_bytes(), 0
-        for graphs, size in work:
-            self._device.submit(partial(graphs.record, size)).wait()
+        for record in work:
+            self._device.submit(record).wait()
             num_recorded += 1
             seconds, num_bytes = time.perf_counter() - start_s, free_bytes - self._device.free_bytes()
             if seconds > MAX_RECORD_S or num_bytes > MAX_RECORD_BYTES:

@@ -45,6 +45,9 @@ class KVStore:
             (shape.num_layers, config.device_blocks + 1, *block), dtype=dtype, device=device.torch_device
         )
         self.staging_LN2KPD = torch.zeros((2, config.staging_blocks, *block), dtype=dtype, device=device.torch_device)
+        # Views of a layer of the host pool and of an area, which copies of staged prompts take at every layer.
+        self._host_1NX = self.host_LNX.split(1)
+        self._areas_1N2KPD = self.staging_LN2KPD.split(1)
         self._last_copy: Completion | None = None
         self._stored: list[Completion | None] = [None] * 4  # of the latest layers, by layer modulo 4
 
@@ -83,15 +86,13 @@ class KVStore:
 
     def load_staging(self, layer: int, host_block_ids: torch.Tensor, staging_block_ids: torch.Tensor) -> Completion:
         """Submit: bring one layer of earlier chunks' KV to its area."""
-        area = self.staging(layer).unsqueeze(0)
-        host = self.host_LNX[layer : layer + 1]
+        area, host = self._areas_1N2KPD[layer % 2], self._host_1NX[layer]
         copy = self._device.ops.blocks_from_host
         return self._device.submit_copies(lambda: copy(host, host_block_ids, area, staging_block_ids))
 
     def store_staging(self, layer: int, staging_block_ids: torch.Tensor, host_block_ids: torch.Tensor) -> None:
         """Submit: take one layer of a chunk's KV from its area to the host pool."""
-        area = self.staging(layer).unsqueeze(0)
-        host = self.host_LNX[layer : layer + 1]
+        area, host = self._areas_1N2KPD[layer % 2], self._host_1NX[layer]
         copy = self._device.ops.blocks_to_host
         stored = self._device.submit_copies(lambda: copy(area, staging_block_ids, host, host_block_ids))
         self._last_copy = self._stored[layer % 4] = stored

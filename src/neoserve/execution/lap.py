@@ -23,7 +23,7 @@ from neoserve.execution.linear import EagerLinear, Linear
 from neoserve.execution.moves import Moves
 from neoserve.execution.sampling import SamplingState
 from neoserve.execution.staging import StagedPrefill
-from neoserve.models.decoder import Decoder, split_qkv
+from neoserve.models.decoder import Decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +104,20 @@ class Lap:
         self._shop.handoffs[self.sub_batch.index].arm(self.native, layer)
 
     def embed(self) -> None:
-        """EMBED: bring the indices, plan the attention, and look the rows' token ids up."""
+        """EMBED: bring the indices, plan the attention, and look the rows' token ids up.
+
+        A lap of device decodes may be recorded in steps; they hold its attention, so ATTEND has nothing to do then.
+        """
         shop, inputs = self._shop, self._inputs
         self._await_moves()
         prompt_ids, positions, slots = self._bring_indices()
+        recording = self.recording() if self.sub_batch.index == 0 else None  # one such lap is in flight at a time
+        if recording is not None and inputs.device_decode is not None:
+            _, batch = inputs.device_decode
+            steps = recording.steps(batch, slots, positions)
+            if steps is not None:
+                self._linear = steps
+                return
         self._linear = shop.graphs.linear(self.sub_batch.index, inputs.num_rows) or self._linear
         self._plan_attention()
         for slot, request, token_ids in self._beginning:
@@ -152,14 +162,13 @@ class Lap:
 
     def attend(self, layer: int) -> None:
         """ATTEND: append k, v of the prefill and device-decode rows, and attend for them."""
-        shape, linear = self._shop.model.shape, self._linear
         kv_N2KPD = self._shop.store.device_LN2KPD[layer]
         for rows, attention in self._device_groups:
-            q_THD, k_TKD, v_TKD = split_qkv(linear.qkv_TCD[rows], shape)
-            attention.run(q_THD, k_TKD, v_TKD, kv_N2KPD, linear.attn_THD[rows])
+            q_THD, k_TKD, v_TKD, out_THD = self._linear.attention_rows(rows)
+            attention.run(q_THD, k_TKD, v_TKD, kv_N2KPD, out_THD)
         if self._staged is not None:
             rows, staged = self._staged
-            staged.attend(layer, *split_qkv(linear.qkv_TCD[rows], shape), linear.attn_THD[rows])
+            staged.attend(layer, *self._linear.attention_rows(rows))
 
     def recv(self) -> None:
         """RECV: attention output of the host rows is there."""

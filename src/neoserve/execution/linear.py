@@ -1,15 +1,30 @@
 """The linear work of a lap: everything but attention, and the tensors that lie between the two.
 
-Shape letters: T rows, C = H + 2K heads of a fused qkv row, H query heads, D head dim, E model dim.
+Shape letters: T rows, C = H + 2K heads of a fused qkv row, H query heads, K kv heads, D head dim, E model dim.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from neoserve.models.decoder import Decoder
+from neoserve.core.config import ModelShape
+from neoserve.models.decoder import Decoder, split_qkv
+
+
+class AttentionRows(NamedTuple):
+    """What attention reads of some rows, and where it writes: views."""
+
+    q_THD: torch.Tensor
+    k_TKD: torch.Tensor
+    v_TKD: torch.Tensor
+    out_THD: torch.Tensor
+
+    @classmethod
+    def of(cls, qkv_TCD: torch.Tensor, attn_THD: torch.Tensor, rows: slice, shape: ModelShape) -> AttentionRows:
+        """Those of `rows` of a lap's tensors."""
+        return cls(*split_qkv(qkv_TCD[rows], shape), attn_THD[rows])
 
 
 class Linear(Protocol):
@@ -33,6 +48,9 @@ class Linear(Protocol):
 
     def pre(self, layer: int) -> None:
         """Norm, q k v projection, rope."""
+
+    def attention_rows(self, rows: slice) -> AttentionRows:
+        """Some of the rows between `pre` and `post`."""
 
     def post(self, layer: int) -> None:
         """Output projection and MLP."""
@@ -60,6 +78,9 @@ class EagerLinear:
         self.x_TE = _NOTHING
         num_rows, _, head_dim = self.qkv_TCD.shape
         self.attn_THD = self.qkv_TCD.new_empty((num_rows, self._model.shape.num_query_heads, head_dim))
+
+    def attention_rows(self, rows: slice) -> AttentionRows:
+        return AttentionRows.of(self.qkv_TCD, self.attn_THD, rows, self._model.shape)
 
     def post(self, layer: int) -> None:
         self.qkv_TCD = _NOTHING

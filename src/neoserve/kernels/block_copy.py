@@ -15,10 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
+from neoserve.kernels.launcher import Launcher
+
 _NUM_PROGRAMS = 16
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_tasks", "num_blocks"])  # type: ignore[untyped-decorator]
 def _copy_blocks(  # type: ignore[no-untyped-def]
     kv_ptr,
     host_ptr,
@@ -26,9 +28,9 @@ def _copy_blocks(  # type: ignore[no-untyped-def]
     host_block_ids_ptr,
     num_tasks,
     num_blocks,
-    kv_layer_stride,
+    kv_layer_stride: tl.int64,
     kv_block_stride,
-    host_layer_stride,
+    host_layer_stride: tl.int64,
     host_block_stride,
     K: tl.constexpr,
     P: tl.constexpr,
@@ -65,6 +67,9 @@ def _copy_blocks(  # type: ignore[no-untyped-def]
             tl.store(even_tokens + D, (words >> 16).to(tl.int16))
 
 
+_launch = Launcher(_copy_blocks, num_warps=4)
+
+
 def copy_blocks(
     kv_LN2KPD: torch.Tensor,
     block_ids_N: torch.Tensor,
@@ -82,7 +87,8 @@ def copy_blocks(
     num_tasks = num_layers * num_blocks * num_heads
     if num_tasks == 0:
         return
-    _copy_blocks[(min(_NUM_PROGRAMS, num_tasks),)](
+    _launch(
+        (min(_NUM_PROGRAMS, num_tasks), 1, 1),
         kv_LN2KPD.view(torch.int16),
         host_LNX.view(torch.int16),
         block_ids_N,
@@ -93,9 +99,5 @@ def copy_blocks(
         kv_LN2KPD.stride(1),
         host_LNX.stride(0),
         host_LNX.stride(1),
-        K=num_heads,
-        P=block_size,
-        D=head_dim,
-        TO_HOST=to_host,
-        num_warps=4,
+        constants=(num_heads, block_size, head_dim, to_host),
     )

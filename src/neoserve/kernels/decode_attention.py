@@ -19,6 +19,7 @@ import triton.language as tl
 from neoserve.kernels.base import PagedBatch
 from neoserve.kernels.decode_plans import DecodeArrays, DecodePlanBuffer
 from neoserve.kernels.dependent_launch import follow_predecessor
+from neoserve.kernels.launcher import Launcher
 from neoserve.kernels.paged_arrays import bucket_size
 
 _TILE = 64
@@ -108,11 +109,11 @@ def _attend_chunks(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _merge_chunks(  # type: ignore[no-untyped-def]
+    out_ptr,
     partial_ptr,
     weight_ptr,
     chunk_start_ptr,
-    out_ptr,
-    num_heads,
+    NUM_HEADS: tl.constexpr,
     D: tl.constexpr,
     TILE: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -130,9 +131,9 @@ def _merge_chunks(  # type: ignore[no-untyped-def]
     for first in range(start, stop, TILE):
         chunk = first + c
         inside = chunk < stop
-        log_weight = tl.load(weight_ptr + chunk * num_heads + head, mask=inside, other=-float("inf"))
+        log_weight = tl.load(weight_ptr + chunk * NUM_HEADS + head, mask=inside, other=-float("inf"))
         partial = tl.load(
-            partial_ptr + (chunk[:, None] * num_heads + head) * D + d[None, :], mask=inside[:, None], other=0.0
+            partial_ptr + (chunk[:, None] * NUM_HEADS + head) * D + d[None, :], mask=inside[:, None], other=0.0
         )
         new_top = tl.maximum(top, tl.max(log_weight))
         weight = tl.exp2(log_weight - new_top)
@@ -140,7 +141,11 @@ def _merge_chunks(  # type: ignore[no-untyped-def]
         values = values * shrink + tl.sum(weight[:, None] * partial, axis=0)
         weights = weights * shrink + tl.sum(weight)
         top = new_top
-    tl.store(out_ptr + (sequence * num_heads + head) * D + d, (values / weights).to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + (sequence * NUM_HEADS + head) * D + d, (values / weights).to(out_ptr.dtype.element_ty))
+
+
+_launch_attend = Launcher(_attend_chunks, num_warps=_WARPS, num_stages=_STAGES)
+_launch_merge = Launcher(_merge_chunks, num_warps=1)
 
 
 def attend_decode(
@@ -163,7 +168,9 @@ def attend_decode(
     num_chunks = arrays.chunk_sequence.numel()
     partial_WHD = torch.empty((num_chunks, num_heads, head_dim), dtype=torch.float32, device=q_BHD.device)
     weight_WH = torch.empty((num_chunks, num_heads), dtype=torch.float32, device=q_BHD.device)
-    _attend_chunks[(num_kv_heads, num_chunks)](
+    group_tile = max(_SMALLEST_DOT, triton.next_power_of_2(group))
+    _launch_attend(
+        (num_kv_heads, num_chunks, 1),
         q_BHD,
         k_BKD,
         v_BKD,
@@ -179,27 +186,16 @@ def attend_decode(
         k_BKD.stride(0),
         kv_N2KPD.stride(0),
         head_dim**-0.5 / math.log(2),
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
-        GROUP_TILE=max(_SMALLEST_DOT, triton.next_power_of_2(group)),
-        P=block_size,
-        D=head_dim,
-        TILE=_TILE,
-        DEPENDENT=dependent,
-        num_warps=_WARPS,
-        num_stages=_STAGES,
+        constants=(num_kv_heads, group, group_tile, block_size, head_dim, _TILE, dependent),
         launch_pdl=dependent,
     )
-    _merge_chunks[(num_heads, num_sequences)](
+    _launch_merge(
+        (num_heads, num_sequences, 1),
+        out_BHD,
         partial_WHD,
         weight_WH,
         arrays.chunk_start,
-        out_BHD,
-        num_heads,
-        D=head_dim,
-        TILE=_MERGE_TILE,
-        DEPENDENT=dependent,
-        num_warps=1,
+        constants=(num_heads, head_dim, _MERGE_TILE, dependent),
         launch_pdl=dependent,
     )
 

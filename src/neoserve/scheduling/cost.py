@@ -44,7 +44,8 @@ class CostTable:
     prefill_us, prefill_us_per_pair: a prefill attention, and each pair of a row and a KV token that it sees.
     host_task_us, host_us_per_token, host_us_per_row: a task of the worker pool, each KV token, each host row.
     handoff_us, handoff_us_per_row: from q, k, v on the device to the pool and back, without the attention.
-    launch_us: CPU time to enqueue a stage; graph_launch_us: to enqueue a lap that replays a graph.
+    launch_us: CPU time to enqueue a stage. Of laps of nothing but device decodes, decode_launch_us: a step beside
+        another lap; graph_launch_us: a whole lap, alone.
     migration_us_per_token: moving one token's KV between the tiers, all layers.
     """
 
@@ -61,6 +62,7 @@ class CostTable:
     handoff_us: float
     handoff_us_per_row: float
     launch_us: float
+    decode_launch_us: float
     graph_launch_us: float
     migration_us_per_token: float
 
@@ -98,6 +100,7 @@ class CostTable:
             handoff_us=28.0,
             handoff_us_per_row=qkv_bytes / (link_gb_s * 1e3),
             launch_us=launch_us,
+            decode_launch_us=launch_us,
             graph_launch_us=200.0,
             migration_us_per_token=shape.num_layers * token_bytes / (link_gb_s * 1e3),
         )
@@ -343,10 +346,12 @@ class CostModel:
         return (span.num_steps - (span.stop_step == self._num_layers + 1)) * span.has_host
 
     def _launch_us(self, span: Span, load: Load, *, alone: bool) -> float:
-        """Enqueueing: an iteration of one whole lap of device decodes replays a graph, all else goes by stages."""
-        if alone and span.num_steps == self._num_layers + 1 and not span.has_host and not load.prefill_rows:
+        """Enqueueing: laps of device decodes replay what was recorded, all else goes by stages."""
+        if span.has_host or load.prefill_rows:
+            return span.num_steps * (5 if span.has_host else 3) * self.table.launch_us
+        if alone and span.num_steps == self._num_layers + 1:
             return self.table.graph_launch_us
-        return span.num_steps * (5 if span.has_host else 3) * self.table.launch_us
+        return span.num_steps * self.table.decode_launch_us
 
 
 _EMBED, _PRE, _ATTEND, _POST, _HEAD = (OPS.index(op) for op in (Op.EMBED, Op.PRE, Op.ATTEND, Op.POST, Op.HEAD))
