@@ -33,7 +33,9 @@ def table(**changes: object) -> CostTable:
         host_us_per_row=1.0,
         handoff_us=0.0,
         handoff_us_per_row=0.0,
-        launch_us=0.0,
+        prefill_launch_us=0.0,
+        staged_launch_us=0.0,
+        host_launch_us=0.0,
         decode_launch_us=0.0,
         graph_launch_us=0.0,
         migration_us_per_token=0.0,
@@ -91,12 +93,18 @@ def test_lock_step_hides_host_attention_behind_the_other_sub_batch() -> None:
 
 
 def test_enqueueing_is_a_floor_and_graphs_lower_it() -> None:
-    eager = table(launch_us=100.0, decode_launch_us=60.0, graph_launch_us=150.0)
-    decode = Load.device_decode(1, 1)
-    assert total(eager, [whole()], {0: decode}) == 150.0
-    assert total(eager, [Span(0, 0, 3, False)], {0: decode}) == 3 * 60.0
-    assert total(eager, [whole(), whole(1, host=True)], {0: decode, 1: Load.host_decode(1, 1)}) == 4 * (60.0 + 500.0)
-    assert total(eager, [whole()], {0: Load.prefill(Tier.DEVICE, 0, 4, samples=True)}) == 4 * 3 * 100.0
+    costs = table(
+        prefill_launch_us=300.0, staged_launch_us=100.0, host_launch_us=500.0, decode_launch_us=60.0,
+        graph_launch_us=150.0,
+    )  # fmt: skip
+    decode, prompt = Load.device_decode(1, 1), Load.prefill(Tier.DEVICE, 0, 4, samples=True)
+    staged = Load.prefill(Tier.HOST, 0, 4, samples=True)
+    assert total(costs, [whole()], {0: decode}) == 150.0
+    assert total(costs, [Span(0, 0, 3, False)], {0: decode}) == 3 * 60.0
+    assert total(costs, [whole()], {0: prompt + decode}) == 4 * 300.0
+    assert total(costs, [whole()], {0: prompt + staged}) == 4 * 400.0
+    both = {0: decode, 1: Load.host_decode(1, 1) + staged}
+    assert total(costs, [whole(), whole(1, host=True)], both) == 4 * (60.0 + 500.0 + 400.0)
 
 
 loads = st.builds(
@@ -199,8 +207,8 @@ def test_rough_numbers_show_what_was_measured_on_the_machine_that_they_describe(
     assert tokens_per_us(1, 14) < 18 / alone < tokens_per_us(4, 56)
 
 
-def ridge_rows(linear: tuple[tuple[int, float], ...], *, launch_us: float = 1.0, pair_us: float = 0.0) -> int:
-    costs = table(linear=Curve(linear), prefill_us=29.0, prefill_us_per_pair=pair_us, launch_us=launch_us)
+def ridge_rows(linear: tuple[tuple[int, float], ...], *, launch_us: float = 3.0, pair_us: float = 0.0) -> int:
+    costs = table(linear=Curve(linear), prefill_us=29.0, prefill_us_per_pair=pair_us, prefill_launch_us=launch_us)
     return CostModel(costs, LARGE).ridge_rows(Load.device_decode(16, 0))
 
 
@@ -214,7 +222,7 @@ def test_the_ridge_point_hardly_depends_on_the_noise_of_one_measurement(noise: f
 
 
 def test_laps_that_take_long_to_launch_have_their_ridge_point_at_more_rows() -> None:
-    assert ridge_rows(H200_LINEAR_US, launch_us=400.0) > ridge_rows(H200_LINEAR_US)
+    assert ridge_rows(H200_LINEAR_US, launch_us=1200.0) > ridge_rows(H200_LINEAR_US)
 
 
 def test_the_ridge_point_does_not_depend_on_what_attention_among_prompts_costs() -> None:

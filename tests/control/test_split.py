@@ -251,6 +251,11 @@ def test_no_more_host_rows_are_worth_having_than_generate_more_tokens() -> None:
     assert 0 < rows_worth_having(140, balance=10.0) < 100
 
 
+def test_where_prompts_come_in_few_iterations_host_rows_count_in_those_between() -> None:
+    """At the ridge point or beyond there are enough for several; as many again in each would slow host rows down."""
+    assert rows_worth_having(60, balance=4.0) == 60
+
+
 def test_rows_of_short_prompts_are_not_priced_as_those_of_a_long_one() -> None:
     """They attend to less."""
     host = Load.host_decode(60, 60 * 128)

@@ -7,7 +7,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -116,9 +117,7 @@ class Calibration:
             host_us_per_row=us_per_row,
             handoff_us=self._handoff_us(1, task_us),
             handoff_us_per_row=self._handoff_us_per_row(task_us, us_per_row),
-            launch_us=self._launch_us(),
-            decode_launch_us=self._decode_launch_us(),
-            graph_launch_us=self._graph_launch_us(),
+            **self._launches_us(),
             migration_us_per_token=self._migration_us_per_token(),
         )
 
@@ -310,58 +309,60 @@ class Calibration:
         more_us = self._handoff_us(num_rows, task_us + num_rows * us_per_row) - self._handoff_us(1, task_us)
         return max(0.0, more_us / (num_rows - 1))
 
-    def _launch_us(self) -> float:
-        """Enqueueing one stage of a lap with a prompt.
+    def _launches_us(self) -> dict[str, float]:
+        """CPU time to enqueue laps of each kind, as `CostTable` has it.
 
         The reference device does the work where it enqueues it, so there it costs nothing.
         """
-        return self._enqueue_us(prompt=True, whole=True) / (3 * (self._shape.num_layers + 1))
-
-    def _decode_launch_us(self) -> float:
-        """Enqueueing one step of a lap of device decodes between whose layers another sub-batch's work stands."""
-        return self._enqueue_us(prompt=False, whole=False) / (self._shape.num_layers + 1)
-
-    def _graph_launch_us(self) -> float:
-        """Enqueueing a whole lap of device decodes."""
-        return self._enqueue_us(prompt=False, whole=True)
-
-    def _enqueue_us(self, *, prompt: bool, whole: bool) -> float:
-        """CPU time to launch a lap of one row, of a prompt or a device decode, as one iteration or in two parts.
-
-        An iteration of a part of a lap goes step by step, as beside another lap.
-        """
-        config = self._config
+        config, num_steps = self._config, self._shape.num_layers + 1
+        names = ("prefill_launch_us", "staged_launch_us", "host_launch_us", "decode_launch_us", "graph_launch_us")
+        launches = {name: getattr(self._rough, name) if config.device == "cuda" else 0.0 for name in names}
         if config.device != "cuda" or not config.device_blocks:
-            return 0.0
-        request = Request("calibration", (0,), SamplingParams(temperature=0, max_tokens=2), (), 0.0)
-        self._executor.add(request)
-        block_ids = np.zeros(1, dtype=np.int32)
-        first = Rows(request.request_id, 0, Tier.DEVICE, 0, 1, (0,), block_ids, (), True, 0)
-        second = Rows(request.request_id, 0, Tier.DEVICE, 1, 1, None, block_ids, (), True, 1)
+            return launches
+        prompt, decode = _row(Tier.DEVICE, 0), _row(Tier.DEVICE, 1)
+        launches["graph_launch_us"] = self._enqueue_us(decode)
+        launches["decode_launch_us"] = self._enqueue_us(decode, in_parts=True) / num_steps
+        launches["prefill_launch_us"] = self._enqueue_us(*(prompt, decode)[: config.max_num_seqs]) / num_steps
+        if config.host_blocks:
+            more_us = self._enqueue_us(_row(Tier.HOST, 0)) - self._enqueue_us(prompt)
+            launches["staged_launch_us"] = max(0.0, more_us) / num_steps
+            launches["host_launch_us"] = self._enqueue_us(_row(Tier.HOST, 1)) / num_steps
+        return launches
+
+    def _enqueue_us(self, *rows: Rows, in_parts: bool = False) -> float:
+        """CPU time to launch a lap, as one iteration or as two.
+
+        An iteration of a part of a lap goes layer by layer, as beside another lap.
+        """
+        names = [f"calibration-{slot}" for slot in range(len(rows))]
+        for name in names:
+            self._executor.add(Request(name, (0,), SamplingParams(temperature=0, max_tokens=2), (), 0.0))
         num_steps = self._shape.num_layers + 1
-        stops = (num_steps,) if whole else (num_steps - 1, num_steps)
+        starts, stops = ((0, num_steps - 1), (num_steps - 1, num_steps)) if in_parts else ((0,), (num_steps,))
         times = []
         for turn in range(REPEATS + 1):
-            is_prompt = prompt or turn == 0
-            sub_batch = SubBatch(0, turn, (first,) if is_prompt else (), () if is_prompt else (second,), ())
+            # Every sequence begins with a prompt.
+            turn_rows = [row if turn else _row(row.tier, 0) for row in rows]
+            sub_batch = _lap(turn, [replace(row, request_id=names[i], slot=i) for i, row in enumerate(turn_rows)])
             start_s = time.perf_counter()
             launched = [
                 self._executor.launch(
                     IterationPlan(
                         iteration=turn,
                         begins=(sub_batch,) if start == 0 else (),
-                        spans=(Span(0, start, stop, False),),
+                        spans=(Span(0, start, stop, bool(sub_batch.host_decode)),),
                         ends=(sub_batch,) if stop == num_steps else (),
                         migrations=(),
                         predicted_us=0.0,
                     )
                 )
-                for start, stop in zip((0, *stops[:-1]), stops, strict=True)
+                for start, stop in zip(starts, stops, strict=True)
             ]
             times.append((time.perf_counter() - start_s) * 1e6)
             for iteration in launched:
                 self._executor.collect(iteration)
-        self._executor.remove(request.request_id)
+        for name in names:
+            self._executor.remove(name)
         return statistics.median(times[1:])
 
     def _migration_us_per_token(self) -> float:
@@ -374,6 +375,23 @@ class Calibration:
         return self._time_us(lambda: copy(store.device_LN2KPD, ids, store.host_LNX, ids)) / (
             num_blocks * config.block_size
         )
+
+
+def _row(tier: Tier, start: int) -> Rows:
+    """A prompt of one token, or at position 1 the decode after it, with the first block of each pool."""
+    blocks, staging = np.zeros(1, dtype=np.int32), (0,) if tier is Tier.HOST and start == 0 else ()
+    return Rows("", 0, tier, start, 1, None if start else (0,), blocks, staging, True, start)
+
+
+def _lap(number: int, rows: Sequence[Rows]) -> SubBatch:
+    decodes = [row for row in rows if not row.is_prefill]
+    return SubBatch(
+        index=0,
+        lap=number,
+        prefill=tuple(row for row in rows if row.is_prefill),
+        device_decode=tuple(row for row in decodes if row.tier is Tier.DEVICE),
+        host_decode=tuple(row for row in decodes if row.tier is Tier.HOST),
+    )
 
 
 def _line(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:

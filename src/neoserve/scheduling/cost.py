@@ -44,8 +44,9 @@ class CostTable:
     prefill_us, prefill_us_per_pair: a prefill attention, and each pair of a row and a KV token that it sees.
     host_task_us, host_us_per_token, host_us_per_row: a task of the worker pool, each KV token, each host row.
     handoff_us, handoff_us_per_row: from q, k, v on the device to the pool and back, without the attention.
-    launch_us: CPU time to enqueue a stage. Of laps of nothing but device decodes, decode_launch_us: a step beside
-        another lap; graph_launch_us: a whole lap, alone.
+    prefill_launch_us: CPU time to enqueue a layer of a lap with prompts and decodes; staged_launch_us: more if prompts
+        are of HOST sequences. host_launch_us: of a layer of a lap with host rows. decode_launch_us: of one of nothing
+        but device decodes, beside another lap; graph_launch_us: of all layers of such a lap that is alone.
     migration_us_per_token: moving one token's KV between the tiers, all layers.
     """
 
@@ -61,7 +62,9 @@ class CostTable:
     host_us_per_row: float
     handoff_us: float
     handoff_us_per_row: float
-    launch_us: float
+    prefill_launch_us: float
+    staged_launch_us: float
+    host_launch_us: float
     decode_launch_us: float
     graph_launch_us: float
     migration_us_per_token: float
@@ -81,6 +84,7 @@ class CostTable:
         """Costs from peak rates, for use before anything is measured: by default an H200 with a 16-core Xeon.
 
         value_bytes: of a weight or a KV value. device_gb_s, host_gb_s: read bandwidth. link_gb_s: between the two.
+        launch_us: CPU time to enqueue a stage.
         """
         parameters = shape.layer_parameters
         token_bytes = 2 * shape.num_kv_heads * shape.head_dim * value_bytes
@@ -99,8 +103,10 @@ class CostTable:
             host_us_per_row=0.5,
             handoff_us=28.0,
             handoff_us_per_row=qkv_bytes / (link_gb_s * 1e3),
-            launch_us=launch_us,
-            decode_launch_us=launch_us,
+            prefill_launch_us=3 * launch_us,
+            staged_launch_us=2 * launch_us,
+            host_launch_us=5 * launch_us,
+            decode_launch_us=3 * launch_us,
             graph_launch_us=200.0,
             migration_us_per_token=shape.num_layers * token_bytes / (link_gb_s * 1e3),
         )
@@ -133,13 +139,15 @@ class Load:
     """What a sub-batch brings to each layer; the sum of two loads is the load of their rows together.
 
     samples: rows that yield a token. prefill_pairs: pairs of a prefill row and a KV token that it attends to.
-    staged_tokens: KV tokens of earlier chunks that HOST prompts bring back to the staging area.
+    staged_rows: prefill rows of HOST sequences. staged_tokens: KV tokens of earlier chunks that they bring back to the
+    staging area.
     """
 
     rows: int = 0
     samples: int = 0
     prefill_rows: int = 0
     prefill_pairs: float = 0.0
+    staged_rows: int = 0
     staged_tokens: int = 0
     device_tokens: int = 0
     host_rows: int = 0
@@ -151,6 +159,7 @@ class Load:
             self.samples + other.samples,
             self.prefill_rows + other.prefill_rows,
             self.prefill_pairs + other.prefill_pairs,
+            self.staged_rows + other.staged_rows,
             self.staged_tokens + other.staged_tokens,
             self.device_tokens + other.device_tokens,
             self.host_rows + other.host_rows,
@@ -161,7 +170,9 @@ class Load:
     def prefill(cls, tier: Tier, start: int, count: int, samples: bool, *, continues: bool = False) -> Load:
         """One chunk of a prompt: `count` rows after `start` tokens; of one that `continues`, those are staged."""
         pairs = count * (start + (count + 1) / 2)
-        return cls(count, int(samples), count, pairs, start if tier is Tier.HOST and not continues else 0)
+        if tier is Tier.DEVICE:
+            return cls(count, int(samples), count, pairs)
+        return cls(count, int(samples), count, pairs, count, 0 if continues else start)
 
     @classmethod
     def device_decode(cls, num_rows: int, num_tokens: int) -> Load:
@@ -346,12 +357,15 @@ class CostModel:
         return (span.num_steps - (span.stop_step == self._num_layers + 1)) * span.has_host
 
     def _launch_us(self, span: Span, load: Load, *, alone: bool) -> float:
-        """Enqueueing: laps of device decodes replay what was recorded, all else goes by stages."""
-        if span.has_host or load.prefill_rows:
-            return span.num_steps * (5 if span.has_host else 3) * self.table.launch_us
-        if alone and span.num_steps == self._num_layers + 1:
-            return self.table.graph_launch_us
-        return span.num_steps * self.table.decode_launch_us
+        """Enqueueing: a lap of device decodes that runs alone replays one recording, all else goes by layers."""
+        table = self.table
+        if not span.has_host and not load.prefill_rows:
+            if alone and span.num_steps == self._num_layers + 1:
+                return table.graph_launch_us
+            return span.num_steps * table.decode_launch_us
+        layer_us = span.has_host * table.host_launch_us
+        layer_us += bool(load.prefill_rows) * table.prefill_launch_us + bool(load.staged_rows) * table.staged_launch_us
+        return span.num_steps * layer_us
 
 
 _EMBED, _PRE, _ATTEND, _POST, _HEAD = (OPS.index(op) for op in (Op.EMBED, Op.PRE, Op.ATTEND, Op.POST, Op.HEAD))

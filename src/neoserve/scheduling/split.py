@@ -89,11 +89,6 @@ class Choice:
     decode_rows: float
     rate: float
 
-    def lasting_rate(self, pace: float) -> float:
-        """Tokens generated in a microsecond, as far as `pace` prompt rows come with each."""
-        lasting = min(self.decode_rows, _prefill_rows(self) / pace) if pace else self.decode_rows
-        return lasting / self.price.total_us
-
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -173,7 +168,7 @@ class Splitter:
         if not (available and (work.device.rows or work.host_tokens or work.lap)):
             return self._with_prompts(pricing, available)
         num_host = len(work.host_tokens) + (work.lap.host_rows if work.lap else 0)
-        fewest = self._ridge_rows(work.reference) * (2 if num_host else 1)
+        fewest = self._fewest_prompt_rows(work.reference, num_host)
         guesses = (work.reference.rows, max(work.reference.rows, work.device.rows + num_host))
         choice = max((self._in_balance(pricing, rows, fewest, available) for rows in guesses), key=_rate)
         while (rows := _prefill_rows(choice)) < available:
@@ -230,12 +225,12 @@ class Splitter:
 
         def rate(num_host: int, pace: float) -> float:
             work = Work(reference, device, prompts, Pace(pace), (tokens,) * num_host, None, 0, must_run_host=False)
+            if not (device.rows or num_host):
+                return 0.0
             pricing = self._pricing(work)
-            if num_host:
-                choice = self._in_balance(pricing, device.rows + num_host, 0, most_rows)
-                return choice.lasting_rate(pace) if self._meets_target(choice) else 0.0
-            device_only = pricing.device_only(min(most_rows, round(pace * device.rows)))
-            return device_only.lasting_rate(pace) if device_only else 0.0
+            fewest = min(most_rows, self._fewest_prompt_rows(reference, num_host)) if pace else 0
+            choice = self._in_balance(pricing, device.rows + num_host, fewest, most_rows)
+            return self._lasting_rate(pricing, choice, pace) if self._meets_target(choice) else 0.0
 
         gain = self._policy.min_gain if wanted else self._policy.entry_gain
         numbers = {math.ceil(host.rows * _FEWER**i) for i in range(_MOST_NUMBERS)}
@@ -245,6 +240,22 @@ class Splitter:
         best = max(rates, key=lambda number: rates[number] * (self._policy.min_gain if number == wanted else 1.0))
         pays = rates[best] > gain * rate(0, balance) and rate(best, 0.0) > gain * rate(0, 0.0)
         return best if pays else 0
+
+    def _lasting_rate(self, pricing: _Pricing, choice: Choice, pace: float) -> float:
+        """Tokens generated in a microsecond if `pace` prompt rows come with each: by iterations like this one, and in
+        between by others without prompts, where its prompts allow for more tokens than it generates."""
+        if not pace:
+            return choice.decode_rows / choice.price.total_us
+        tokens = _prefill_rows(choice) / pace
+        missing = tokens - choice.decode_rows
+        if missing <= 0:
+            return tokens / choice.price.total_us
+        between = self._with_prompts(pricing, 0)
+        return tokens / (choice.price.total_us + missing / between.decode_rows * between.price.total_us)
+
+    def _fewest_prompt_rows(self, reference: Load, num_host: int) -> int:
+        """The ridge point of each sub-batch."""
+        return self._ridge_rows(reference) * (2 if num_host else 1)
 
     def host_lap_limit_us(self, device: Load) -> float:
         """How long the worker pool may take for a lap of all host sequences, for them to keep their interval."""
