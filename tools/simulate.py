@@ -1,7 +1,7 @@
 """Run the scheduler without an engine: what it would choose for a workload, and how long that would take.
 
     python tools/simulate.py llama-3.1-70b --costs ~/.cache/neoserve/costs-....json --device-kv-tokens 20000 \
-        --max-num-batched-tokens 2048 --workload in=1000,out=100,n=300
+        --max-num-batched-tokens 2048 --workload in=1000,out=100,n=300 [--rates 1,2,3 --plot latency.png]
 
 Iterations take what the cost table says, so this shows decisions, not speeds; `neo bench` measures. The table is one
 that an engine measured at its start and keeps in its cache folder, or rough figures of an H200 with a 16-core Xeon.
@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from pathlib import Path
 
-from neoserve.cli.load.report import steady_rate
+from neoserve.cli.load.curve import Points, check_plot, draw
+from neoserve.cli.load.report import spread, steady_rate
 from neoserve.cli.load.session import Mode
 from neoserve.cli.load.workload import Workload, WorkloadSpec
 from neoserve.core.config import ResolvedConfig
@@ -29,26 +31,36 @@ BLOCK_SIZE = 16
 
 
 class Simulation:
-    """One workload in one offload mode, all requests at the start. Times in seconds of the simulated machine.
+    """One workload in one offload mode. Times in seconds of the simulated machine.
 
+    arrivals_s: when each request comes, in order.
     kinds: of each kind of iteration how many there were, their time, and the rows of prompts, device decodes and host
     decodes that they ended.
     """
 
-    def __init__(self, config: ResolvedConfig, table: CostTable, workload: Workload) -> None:
+    def __init__(
+        self, config: ResolvedConfig, table: CostTable, workload: Workload, arrivals_s: Sequence[float]
+    ) -> None:
         self._truth = CostModel(table, config.shape)
         self._scheduler = Scheduler(config, CostModel(table, config.shape))
-        self._open: deque[tuple[IterationPlan, IterationResult]] = deque()
+        requests = workload.requests(config.shape.vocab_size, config.seed, "r")
+        self._due_s = {request.request_id: due_s for request, due_s in zip(requests, arrivals_s, strict=True)}
+        self._coming = deque(requests)
+        self._open: deque[tuple[IterationPlan, IterationResult, float]] = deque()  # the last is when it ends
         self._loads: dict[int, Load] = {}  # of the laps in flight, by sub-batch
-        self.now_s = 0.0
-        self.ends_s: list[float] = []
+        self._now_s = self._device_s = 0.0  # the engine's time, and when the device has done all that is launched
+        self._token_s: dict[str, list[float]] = defaultdict(list)
         self.kinds: dict[str, list[float]] = defaultdict(lambda: [0.0] * 5)
-        for request in workload.requests(config.shape.vocab_size, config.seed, "r"):
-            self._scheduler.add(request)
 
     def run(self) -> None:
         """To the end, one iteration planned ahead of the one that runs, as the engine does."""
-        while self._scheduler.has_work:
+        while True:
+            if not (self._open or self._scheduler.has_work):
+                if not self._coming:
+                    return
+                self._now_s = max(self._now_s, self._due_s[self._coming[0].request_id])
+            while self._coming and self._due_s[self._coming[0].request_id] <= self._now_s:
+                self._scheduler.add(self._coming.popleft())
             plan = self._scheduler.plan_iteration()
             if plan is not None:
                 self._launch(plan)
@@ -67,22 +79,37 @@ class Simulation:
             counts[2] += sum(rows.count for sub_batch in plan.begins for rows in sub_batch.prefill)
             counts[3] += sum(len(sub_batch.device_decode) for sub_batch in plan.ends)
             counts[4] += sum(len(sub_batch.host_decode) for sub_batch in plan.ends)
-        self.now_s += elapsed_us / 1e6
+        self._device_s = max(self._device_s, self._now_s) + elapsed_us / 1e6
         tokens = [
             SampledToken(rows.request_id, 0 if rows.samples else None) for ended in plan.ends for rows in ended.rows
         ]
         busy_us = sum(self._truth.host_lap_us(self._loads[ended.index]) for ended in plan.ends)
-        self._open.append((plan, IterationResult(tuple(tokens), elapsed_us, busy_us)))
+        self._open.append((plan, IterationResult(tuple(tokens), elapsed_us, busy_us), self._device_s))
 
     def _commit(self) -> None:
-        for event in self._scheduler.commit(*self._open.popleft()):
-            if event.finish_reason is not None:
-                self.ends_s.append(self.now_s)
+        plan, result, self._now_s = self._open.popleft()
+        for event in self._scheduler.commit(plan, result):
+            self._token_s[event.request_id] += [self._now_s] * len(event.token_ids)
+
+    def report_latency(self, mode: str, rate: float) -> tuple[float, ...]:
+        """Print what the requests' clients saw; returns the means of latency per token and TTFT, in ms."""
+        answers = [(self._due_s[name], times) for name, times in self._token_s.items()]
+        seen = {
+            "latency per token": spread((times[-1] - due_s) / len(times) for due_s, times in answers),
+            "TTFT": spread(times[0] - due_s for due_s, times in answers),
+            "TPOT": spread((times[-1] - times[0]) / (len(times) - 1) for _, times in answers if len(times) > 1),
+        }
+        said = [
+            f"{name} mean {s['mean']:.1f}, p50 {s['p50']:.1f}, p90 {s['p90']:.1f} ms" for name, s in seen.items() if s
+        ]
+        print(f"{mode} at {rate:g}/s:", "; ".join(said))
+        return tuple(s["mean"] for s in (seen["latency per token"], seen["TTFT"]) if s)
 
     def report(self, mode: str) -> None:
         """Print the rates, and what the iterations of each kind did."""
-        rate, steady = len(self.ends_s) / self.now_s, steady_rate(self.ends_s)
-        busy = self._scheduler.stats().host_busy_us_total / 1e6 / self.now_s
+        ends_s = [times[-1] for times in self._token_s.values()]
+        rate, steady = len(ends_s) / self._now_s, steady_rate(ends_s)
+        busy = self._scheduler.stats().host_busy_us_total / 1e6 / self._now_s
         said = "-" if steady is None else f"{steady:.2f}"
         print(f"{mode}: {rate:.2f} requests/s, steady {said}, host tier busy {busy:.0%}")
         for kind, (number, total_s, prompt_rows, device, host) in sorted(self.kinds.items()):
@@ -95,6 +122,8 @@ def main() -> None:
     parser.add_argument("model", choices=sorted(PRESETS))
     parser.add_argument("--costs", type=Path, help="cost table that an engine measured")
     parser.add_argument("--workload", default="in=1000,out=100,n=300", help="as for neo bench")
+    parser.add_argument("--rates", help="requests a second, such as 1,2,3; without it all come at the start")
+    parser.add_argument("--plot", type=Path, help="draw latency against rate into this PNG")
     parser.add_argument("--compare", default="off,auto", help="offload modes, as for neo bench")
     parser.add_argument("--device-kv-tokens", type=int, default=20_000)
     parser.add_argument("--host-kv-tokens", type=int, default=180_000)
@@ -107,9 +136,14 @@ def main() -> None:
     try:
         workload = WorkloadSpec().parse(options.workload).load(seed=0)
         modes = [Mode.parse(text) for text in options.compare.split(",")]
+        rates = [float(rate) for rate in options.rates.split(",")] if options.rates else [0.0]
+        if options.plot:
+            check_plot(options.plot, rates)
     except ConfigError as error:
         parser.error(str(error))
     max_model_len = workload.longest
+    latency: dict[str, Points] = defaultdict(list)
+    ttft: dict[str, Points] = defaultdict(list)
     for mode in modes:
         device_kv_tokens = mode.device_kv_tokens or options.device_kv_tokens
         config = ResolvedConfig(
@@ -122,9 +156,17 @@ def main() -> None:
             worker_cpus=(0,), host_deadline_s=1.0,
             target_tpot_ms=None, target_ttft_ms=None, max_waiting=len(workload.rows), enforce_eager=False,
         )  # fmt: skip
-        simulation = Simulation(config, table, workload)
-        simulation.run()
-        simulation.report(mode.name)
+        for rate in rates:
+            arrivals_s = workload.poisson_s(rate, config.seed) if rate else (0.0,) * len(workload.rows)
+            simulation = Simulation(config, table, workload, arrivals_s)
+            simulation.run()
+            if rate:
+                for lines, mean_ms in zip((latency, ttft), simulation.report_latency(mode.name, rate), strict=True):
+                    lines[mode.name].append((rate, mean_ms))
+            else:
+                simulation.report(mode.name)
+    if options.plot:
+        draw(latency, ttft, options.plot)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -73,16 +73,21 @@ def print_curve(outcomes: Sequence[Outcome]) -> None:
 
 
 def draw_curve(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Latency per token and time to first token against the rate, one above the other, as a PNG."""
+    """Latency per token and time to first token against the rate, as a PNG."""
+    draw(curves(outcomes, "latency_per_token_ms"), curves(outcomes, "ttft_ms"), path)
+
+
+def draw(latency: Mapping[str, Points], ttft: Mapping[str, Points], path: Path) -> None:
+    """Points (rate, mean in ms) of each mode, latency per token above time to first token, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 1, sharex=True, figsize=(7, 7), layout="constrained")
-    panels = (("latency_per_token_ms", "mean latency per token, s"), ("ttft_ms", "mean time to first token, s"))
-    for axis, (name, label) in zip(axes, panels, strict=True):
-        for mode, points in curves(outcomes, name).items():
+    panels = ((latency, "mean latency per token, s"), (ttft, "mean time to first token, s"))
+    for axis, (lines, label) in zip(axes, panels, strict=True):
+        for mode, points in lines.items():
             axis.plot([rate for rate, _ in points], [ms / 1e3 for _, ms in points], marker="o", label=mode)
         axis.set_ylabel(label)
         axis.set_yscale("log")
