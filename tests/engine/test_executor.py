@@ -14,6 +14,8 @@ from neoserve.core.config import ResolvedConfig
 from neoserve.core.plan import IterationPlan, IterationResult, Migration, Rows, SubBatch, Tier
 from neoserve.core.program import Span
 from neoserve.core.request import Request, SamplingParams
+from neoserve.device.base import Device
+from neoserve.device.reference import ReferenceDevice
 from neoserve.engine.build import make_device
 from neoserve.engine.resolve import Threads
 from neoserve.execution.executor import Executor
@@ -39,18 +41,26 @@ def expected(tiny: Tiny) -> list[int]:
     return out[0, len(PROMPT) :].tolist()
 
 
-@pytest.fixture(params=[False, True], ids=["recorded", "eager"])
-def executor(tiny: Tiny, request: pytest.FixtureRequest) -> Iterator[Executor]:
+def make_executor(
+    tiny: Tiny, device: Device | None = None, *, host_blocks: int = 12, enforce_eager: bool = False
+) -> Executor:
     spec = open_checkpoint(tiny.path).spec
-    device = make_device(DEVICE, spec.shape, DTYPE, 16, Threads((), num_compute=2, num_beside_workers=1))
+    if device is None:
+        device = make_device(DEVICE, spec.shape, DTYPE, 16, Threads((), num_compute=2, num_beside_workers=1))
     weights = load_weights(spec, Path(tiny.path), getattr(torch, DTYPE), device.torch_device)
     config = ResolvedConfig(
         model_name="tiny", shape=spec.shape, dtype=DTYPE, device=DEVICE, seed=0, max_model_len=256,
-        max_num_seqs=4, max_num_batched_tokens=64, block_size=16, offload="auto", device_blocks=12, host_blocks=12,
-        staging_blocks=6, worker_cpus=tuple(_native.allowed_cpus()[:1]), host_deadline_s=5.0,
-        target_tpot_ms=None, target_ttft_ms=None, max_waiting=8, enforce_eager=request.param,
+        max_num_seqs=4, max_num_batched_tokens=64, block_size=16, offload="auto" if host_blocks else "off",
+        device_blocks=12, host_blocks=host_blocks, staging_blocks=6,
+        worker_cpus=tuple(_native.allowed_cpus()[:1]), host_deadline_s=5.0,
+        target_tpot_ms=None, target_ttft_ms=None, max_waiting=8, enforce_eager=enforce_eager,
     )  # fmt: skip
-    made = Executor(config, Decoder(spec, weights, device.ops, config.max_model_len), device)
+    return Executor(config, Decoder(spec, weights, device.ops, config.max_model_len), device)
+
+
+@pytest.fixture(params=[False, True], ids=["recorded", "eager"])
+def executor(tiny: Tiny, request: pytest.FixtureRequest) -> Iterator[Executor]:
+    made = make_executor(tiny, enforce_eager=request.param)
     assert bool(made.record_graphs()) != request.param
     for name in ("a", "b"):
         made.add(Request(name, PROMPT, SamplingParams(temperature=0, max_tokens=NUM_TOKENS), (), 0.0))
@@ -250,3 +260,30 @@ def test_the_model_has_all_its_threads_unless_the_workers_attend(executor: Execu
         executor.collect(executor.launch(plan, lambda _, seen=seen: seen.add(torch.get_num_threads())))
         threads.append(seen)
     assert threads == [{2}, {1}]
+
+
+class SmallDevice(ReferenceDevice):
+    """One whose memory the layers of the tiny model are a good part of."""
+
+    def total_bytes(self) -> int:
+        return 2**16
+
+
+@pytest.mark.skipif(ON_GPU, reason="a GPU's memory is what it is")
+@pytest.mark.parametrize("host_blocks", [0, 12])
+@pytest.mark.parametrize("device_class", [ReferenceDevice, SmallDevice])
+def test_steps_are_recorded_for_two_sub_batches_or_short_layers(
+    tiny: Tiny, device_class: type[ReferenceDevice], host_blocks: int
+) -> None:
+    made = make_executor(tiny, device_class(2, 1), host_blocks=host_blocks)
+    recorded = made.record_graphs()
+    made.close()
+    laps, decodes_in_steps, buckets_of_rows = 3, 3, 3  # up to 4 sequences, and up to 64 rows
+    expected = {
+        (ReferenceDevice, 0): laps + buckets_of_rows,
+        (ReferenceDevice, 12): laps + 2 * buckets_of_rows + decodes_in_steps,
+        (SmallDevice, 0): laps,
+        (SmallDevice, 12): laps + 2 * buckets_of_rows,
+    }
+    assert recorded is not None
+    assert recorded.num_sets == expected[device_class, host_blocks]
