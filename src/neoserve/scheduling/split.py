@@ -23,7 +23,7 @@ from neoserve.core.program import Span
 from neoserve.scheduling.cost import CostModel, Load, Price
 from neoserve.scheduling.policy import Policy
 
-_RATIOS = (1, 2, 3, 4, 5, 6, 8, 11)  # iterations that a host lap may take, tried in this order
+_RATIOS = (1, 2, 3, 4, 5, 6, 7, 8, 11)  # iterations that a host lap may take, tried in this order
 _BALANCING_ROUNDS = 3  # of prompt rows, how far the host lap gets, and again
 _FEWER, _MOST_NUMBERS = 0.7, 4  # numbers of host rows that are compared: each so much less than the one before
 _MOST_PROMPTS = 16  # beside them in an iteration: shorter prompts are priced as so many that fill it
