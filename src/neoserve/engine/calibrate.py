@@ -8,7 +8,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -316,34 +315,37 @@ class Calibration:
         """
         config, num_steps = self._config, self._shape.num_layers + 1
         names = ("prefill_launch_us", "staged_launch_us", "host_launch_us", "decode_launch_us", "graph_launch_us")
-        launches = {name: getattr(self._rough, name) if config.device == "cuda" else 0.0 for name in names}
-        if config.device != "cuda" or not config.device_blocks:
+        if config.device != "cuda":
+            return dict.fromkeys(names, 0.0)
+        launches = {name: getattr(self._rough, name) for name in names}
+        if not config.device_blocks:
             return launches
-        prompt, decode = _row(Tier.DEVICE, 0), _row(Tier.DEVICE, 1)
+        decode = (Tier.DEVICE, 1)
+        beside = (decode,) if config.max_num_seqs > 1 else ()
         launches["graph_launch_us"] = self._enqueue_us(decode)
         launches["decode_launch_us"] = self._enqueue_us(decode, in_parts=True) / num_steps
-        launches["prefill_launch_us"] = self._enqueue_us(*(prompt, decode)[: config.max_num_seqs]) / num_steps
+        launches["prefill_launch_us"] = self._enqueue_us(*beside, (Tier.DEVICE, 0)) / num_steps
         if config.host_blocks:
-            more_us = self._enqueue_us(_row(Tier.HOST, 0)) - self._enqueue_us(prompt)
-            launches["staged_launch_us"] = max(0.0, more_us) / num_steps
-            launches["host_launch_us"] = self._enqueue_us(_row(Tier.HOST, 1)) / num_steps
+            staged_us = self._enqueue_us(*beside, (Tier.HOST, 0)) / num_steps
+            launches["staged_launch_us"] = max(0.0, staged_us - launches["prefill_launch_us"])
+            launches["host_launch_us"] = self._enqueue_us((Tier.HOST, 1)) / num_steps
         return launches
 
-    def _enqueue_us(self, *rows: Rows, in_parts: bool = False) -> float:
+    def _enqueue_us(self, *rows: tuple[Tier, int], in_parts: bool = False) -> float:
         """CPU time to launch a lap, as one iteration or as two.
 
-        An iteration of a part of a lap goes layer by layer, as beside another lap.
+        rows: of each its tier and its position, 0 for a prompt of one token, 1 for the decode after it. An iteration of
+        a part of a lap goes layer by layer, as beside another lap.
         """
         names = [f"calibration-{slot}" for slot in range(len(rows))]
         for name in names:
             self._executor.add(Request(name, (0,), SamplingParams(temperature=0, max_tokens=2), (), 0.0))
         num_steps = self._shape.num_layers + 1
         starts, stops = ((0, num_steps - 1), (num_steps - 1, num_steps)) if in_parts else ((0,), (num_steps,))
+        prompts = [(tier, 0) for tier, _ in rows]
         times = []
         for turn in range(REPEATS + 1):
-            # Every sequence begins with a prompt.
-            turn_rows = [row if turn else _row(row.tier, 0) for row in rows]
-            sub_batch = _lap(turn, [replace(row, request_id=names[i], slot=i) for i, row in enumerate(turn_rows)])
+            sub_batch = _lap(turn, names, rows if turn else prompts)  # every sequence begins with its prompt
             start_s = time.perf_counter()
             launched = [
                 self._executor.launch(
@@ -377,21 +379,25 @@ class Calibration:
         )
 
 
-def _row(tier: Tier, start: int) -> Rows:
-    """A prompt of one token, or at position 1 the decode after it, with the first block of each pool."""
-    blocks, staging = np.zeros(1, dtype=np.int32), (0,) if tier is Tier.HOST and start == 0 else ()
-    return Rows("", 0, tier, start, 1, None if start else (0,), blocks, staging, True, start)
-
-
-def _lap(number: int, rows: Sequence[Rows]) -> SubBatch:
-    decodes = [row for row in rows if not row.is_prefill]
+def _lap(number: int, names: Sequence[str], rows: Sequence[tuple[Tier, int]]) -> SubBatch:
+    """A lap of sub-batch 0 with a row for each name, all with the first block of their pool."""
+    made = [_row(slot, name, *row) for slot, (name, row) in enumerate(zip(names, rows, strict=True))]
+    decodes = [row for row in made if not row.is_prefill]
     return SubBatch(
         index=0,
         lap=number,
-        prefill=tuple(row for row in rows if row.is_prefill),
+        prefill=tuple(row for row in made if row.is_prefill),
         device_decode=tuple(row for row in decodes if row.tier is Tier.DEVICE),
         host_decode=tuple(row for row in decodes if row.tier is Tier.HOST),
     )
+
+
+def _row(slot: int, name: str, tier: Tier, start: int) -> Rows:
+    staging = (0,) if tier is Tier.HOST and start == 0 else ()
+    return Rows(
+        name, slot, tier, start, 1, None if start else (0,), np.zeros(1, dtype=np.int32), staging,
+        samples=True, num_generated=start,
+    )  # fmt: skip
 
 
 def _line(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
