@@ -17,7 +17,7 @@ from pathlib import Path
 from neoserve.cli.load.curve import Points, check_plot, draw
 from neoserve.cli.load.report import spread, steady_rate
 from neoserve.cli.load.session import Mode
-from neoserve.cli.load.workload import Workload, WorkloadSpec
+from neoserve.cli.load.workload import Workload, WorkloadSpec, parse_rates
 from neoserve.core.config import ResolvedConfig
 from neoserve.core.errors import ConfigError
 from neoserve.core.plan import IterationPlan, IterationResult, SampledToken
@@ -136,7 +136,7 @@ def main() -> None:
     try:
         workload = WorkloadSpec().parse(options.workload).load(seed=0)
         modes = [Mode.parse(text) for text in options.compare.split(",")]
-        rates = [float(rate) for rate in options.rates.split(",")] if options.rates else [0.0]
+        rates = parse_rates(options.rates)
         if options.plot:
             check_plot(options.plot, rates)
     except ConfigError as error:
@@ -156,11 +156,11 @@ def main() -> None:
             worker_cpus=(0,), host_deadline_s=1.0,
             target_tpot_ms=None, target_ttft_ms=None, max_waiting=len(workload.rows), enforce_eager=False,
         )  # fmt: skip
-        for rate in rates:
-            arrivals_s = workload.poisson_s(rate, config.seed) if rate else (0.0,) * len(workload.rows)
+        for rate in rates or (None,):
+            arrivals_s = workload.poisson_s(rate, config.seed) if rate is not None else (0.0,) * len(workload.rows)
             simulation = Simulation(config, table, workload, arrivals_s)
             simulation.run()
-            if rate:
+            if rate is not None:
                 for lines, mean_ms in zip((latency, ttft), simulation.report_latency(mode.name, rate), strict=True):
                     lines[mode.name].append((rate, mean_ms))
             else:

@@ -50,8 +50,9 @@ def latency(
     from neoserve.cli.load.curve import check_plot, draw_curve, print_curve
     from neoserve.cli.load.session import Case, Session
     from neoserve.cli.load.tables import print_tables
+    from neoserve.cli.load.workload import parse_rates
 
-    given = _parse_rates(rates)
+    given = parse_rates(rates)
     if arrivals is Arrivals.POISSON and not given:
         raise ConfigError("there is no rate; give --rate, or --arrivals trace with a trace's --lengths")
     if plot is not None:
@@ -69,14 +70,3 @@ def latency(
         print_curve(outcomes)
     if plot is not None:
         draw_curve(outcomes, plot)
-
-
-def _parse_rates(text: str | None) -> list[float]:
-    """Growing rates from "0.2,0.4"."""
-    try:
-        rates = sorted(float(item) for item in text.split(",")) if text is not None else []
-    except ValueError:
-        raise ConfigError(f"--rate is {text!r}; expected requests a second, such as 2 or 0.2,0.4,0.8") from None
-    if rates and not 0 < rates[0] <= rates[-1] < float("inf"):
-        raise ConfigError(f"--rate is {text!r}; expected figures above 0")
-    return rates

@@ -11,10 +11,11 @@ from neoserve.core.config import ResolvedConfig
 from neoserve.core.errors import InvalidRequestError, QueueFullError
 from neoserve.core.plan import Tier
 from neoserve.core.request import Request
+from neoserve.scheduling.candidates import Pace
 from neoserve.scheduling.cost import CostModel, Load
 from neoserve.scheduling.placement import Placement
 from neoserve.scheduling.sequence import Sequence
-from neoserve.scheduling.split import Pace, Splitter
+from neoserve.scheduling.split import Splitter
 
 _FORESIGHT = 64  # waiting requests that count when judging whether host rows will pay
 _HOST_JUDGEMENT_AGE = 64  # iterations for which that judgement holds

@@ -25,13 +25,14 @@ from neoserve.core.program import is_pipelined
 from neoserve.core.request import Request, TokenEvent
 from neoserve.core.stats import EngineStats
 from neoserve.scheduling.admission import Admission
+from neoserve.scheduling.candidates import NO_PACE, Choice, Chunk, Work, deal
 from neoserve.scheduling.cost import CostModel, Load, Price
 from neoserve.scheduling.laps import Lap, OpenIteration
 from neoserve.scheduling.outcome import Outcome
 from neoserve.scheduling.placement import Placement
 from neoserve.scheduling.policy import Policy
 from neoserve.scheduling.sequence import Sequence
-from neoserve.scheduling.split import NO_PACE, Choice, Chunk, Splitter, Work, deal
+from neoserve.scheduling.split import Splitter
 
 Prefill = tuple[Sequence, Rows]
 

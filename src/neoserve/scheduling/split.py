@@ -12,122 +12,18 @@ tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
-from typing import NamedTuple
 
 from neoserve.core.plan import Tier
 from neoserve.core.program import Span
-from neoserve.scheduling.cost import CostModel, Load, Price
+from neoserve.scheduling.candidates import Choice, Chunk, Pace, Pricing, Work
+from neoserve.scheduling.cost import CostModel, Load
 from neoserve.scheduling.policy import Policy
 
 _RATIOS = (1, 2, 3, 4, 5, 6, 7, 8, 11)  # iterations that a host lap may take, tried in this order
 _BALANCING_ROUNDS = 3  # of prompt rows, how far the host lap gets, and again
 _FEWER, _MOST_NUMBERS = 0.7, 4  # numbers of host rows that are compared: each so much less than the one before
 _MOST_PROMPTS = 16  # beside them in an iteration: shorter prompts are priced as so many that fill it
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """The next rows of a prompt. samples: they end with the last given token."""
-
-    tier: Tier
-    start: int
-    count: int
-    samples: bool
-
-
-class Pace(NamedTuple):
-    """How fast to compute prompts. prompt_rows: for each token that is generated. fills_host: rather more rows than
-    that than fewer, so that host rows come to be as many as are wanted.
-    """
-
-    prompt_rows: float
-    fills_host: bool = False
-
-
-NO_PACE = Pace(0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What an iteration could do.
-
-    reference: decode rows of as many sequences as the device pool could hold. device: all decode rows of DEVICE
-    sequences. chunks: of prompts, oldest first. pace: how fast to compute them.
-    host_tokens: KV tokens of each HOST sequence that could decode, in the order in which they go to sub-batch 1.
-    lap, lap_step: the host lap in flight in sub-batch 1 and its next step.
-    must_run_host: host rows have waited long enough.
-    """
-
-    reference: Load
-    device: Load
-    chunks: tuple[Chunk, ...]
-    pace: Pace
-    host_tokens: tuple[int, ...]
-    lap: Load | None
-    lap_step: int
-    must_run_host: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What an iteration will do.
-
-    prefill_rows: the most rows of the chunks that go to each sub-batch (`deal`). num_host: HOST sequences that begin
-    a lap in each; the first num_host[1] of them go to sub-batch 1. lap_steps: steps that sub-batch 1 advances, begun
-    now or earlier. decode_rows: tokens that its decodes generate, of a lap that goes on as large a part as it gets
-    done. rate: worth over time, 1 where everything costs what it is worth.
-    """
-
-    prefill_rows: tuple[int, int]
-    num_host: tuple[int, int]
-    lap_steps: int
-    price: Price
-    decode_rows: float
-    rate: float
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Rows of a chunk that go to one sub-batch: `count` after the chunk's first `offset`.
-
-    continues: sub-batch 0 has the rows before them. ends: they are the chunk's last.
-    """
-
-    index: int
-    sub_batch: int
-    offset: int
-    count: int
-    continues: bool
-    ends: bool
-
-
-def deal(chunks: Sequence[Chunk], limits: tuple[int, int]) -> Iterator[Part]:
-    """Which rows go where: the first limits[0] rows to sub-batch 0, the next limits[1] to sub-batch 1."""
-    boundary, end = limits[0], limits[0] + limits[1]
-    position = 0
-    for index, chunk in enumerate(chunks):
-        stop = min(position + chunk.count, end)
-        for sub_batch, first, last in ((0, position, min(stop, boundary)), (1, max(position, boundary), stop)):
-            if first < last:
-                offset = first - position
-                ends = last == position + chunk.count
-                yield Part(index, sub_batch, offset, last - first, sub_batch == 1 and offset > 0, ends)
-        position = stop
-
-
-def _prefill_loads(chunks: Sequence[Chunk], limits: tuple[int, int]) -> tuple[Load, Load]:
-    """The loads that `deal` gives the sub-batches."""
-    loads = [Load(), Load()]
-    for part in deal(chunks, limits):
-        chunk = chunks[part.index]
-        loads[part.sub_batch] += Load.prefill(
-            chunk.tier, chunk.start + part.offset, part.count, chunk.samples and part.ends, continues=part.continues
-        )
-    return loads[0], loads[1]
 
 
 class Splitter:
@@ -177,7 +73,7 @@ class Splitter:
             choice = self._with_prompts(pricing, min(available, 2 * rows))
         return choice
 
-    def _in_balance(self, pricing: _Pricing, decode_rows: float, fewest: int, most: int) -> Choice:
+    def _in_balance(self, pricing: Pricing, decode_rows: float, fewest: int, most: int) -> Choice:
         """The candidate with as many prompt rows as keep pace with its decodes, and at least with a full device
         pool's. decode_rows: a first guess; from few, host rows go slowly and prompts with them, from many, both fast.
 
@@ -201,7 +97,7 @@ class Splitter:
                 return whole
         return most_rows
 
-    def _with_prompts(self, pricing: _Pricing, prefill_rows: int) -> Choice:
+    def _with_prompts(self, pricing: Pricing, prefill_rows: int) -> Choice:
         """The best candidate with so many prompt rows."""
         if pricing.work.lap:
             return self._advance_lap(pricing, prefill_rows)
@@ -241,7 +137,7 @@ class Splitter:
         pays = rates[best] > gain * rate(0, balance) and rate(best, 0.0) > gain * rate(0, 0.0)
         return best if pays else 0
 
-    def _lasting_rate(self, pricing: _Pricing, choice: Choice, pace: float) -> float:
+    def _lasting_rate(self, pricing: Pricing, choice: Choice, pace: float) -> float:
         """Tokens generated in a microsecond if `pace` prompt rows come with each: by iterations like this one, and in
         between by others without prompts, where its prompts allow for more tokens than it generates."""
         if not pace:
@@ -263,15 +159,15 @@ class Splitter:
             return self._target_us
         return self._policy.host_stretch * self._policy.max_ratio * self._device_lap_us(device)
 
-    def _pricing(self, work: Work) -> _Pricing:
+    def _pricing(self, work: Work) -> Pricing:
         decode_us = self._device_lap_us(work.reference) / max(1, work.reference.rows)
-        return _Pricing(self._cost, self._num_steps, work, decode_us, self._prefill_row_us)
+        return Pricing(self._cost, self._num_steps, work, decode_us, self._prefill_row_us)
 
     def _device_lap_us(self, device: Load) -> float:
         load = device if device.rows else Load.device_decode(1, 0)
         return self._cost.price((Span(0, 0, self._num_steps, False),), {0: load}).total_us
 
-    def _within_target(self, pricing: _Pricing, prefill_rows: int) -> int:
+    def _within_target(self, pricing: Pricing, prefill_rows: int) -> int:
         """As many prefill rows as the target for device rows allows beside them, but always some."""
         if self._target_us is None or not pricing.work.device.rows:
             return prefill_rows
@@ -280,7 +176,7 @@ class Splitter:
             prefill_rows = max(smallest, prefill_rows // 2)
         return prefill_rows
 
-    def _begin_lap(self, pricing: _Pricing, prefill_rows: int) -> Choice:
+    def _begin_lap(self, pricing: Pricing, prefill_rows: int) -> Choice:
         """Host rows wait for a lap: none of them, all beside the rest, split over both, or a lap over several."""
         num_host = len(pricing.work.host_tokens)
         whole = self._whole_lap(pricing, prefill_rows)
@@ -296,7 +192,7 @@ class Splitter:
             best = whole
         return best if best and best.rate > self._policy.min_gain * device_only.rate else device_only
 
-    def _advance_lap(self, pricing: _Pricing, prefill_rows: int) -> Choice:
+    def _advance_lap(self, pricing: Pricing, prefill_rows: int) -> Choice:
         """A host lap is in flight: how far does it get? At the least so far that it ends in time."""
         step = pricing.work.lap_step
         if not pricing.work.device.rows and not prefill_rows:
@@ -304,7 +200,7 @@ class Splitter:
         best = self._best_ratio(pricing, prefill_rows)
         return best or pricing.price((prefill_rows, 0), 0, 0, self._steps(self._policy.slowest_ratio, step))
 
-    def _whole_lap(self, pricing: _Pricing, prefill_rows: int) -> Choice:
+    def _whole_lap(self, pricing: Pricing, prefill_rows: int) -> Choice:
         """All host rows make a whole lap now, with the prompts in sub-batch 0 or half of them in each."""
         whole = self._best_split(pricing, (prefill_rows, 0))
         if prefill_rows > 1:
@@ -312,7 +208,7 @@ class Splitter:
             whole = max(whole, self._best_split(pricing, (half, half)), key=_rate)
         return whole
 
-    def _best_split(self, pricing: _Pricing, prefill_rows: tuple[int, int]) -> Choice:
+    def _best_split(self, pricing: Pricing, prefill_rows: tuple[int, int]) -> Choice:
         """All host rows make a whole lap now, so many of them in sub-batch 1 that it takes the least time."""
         num_host = len(pricing.work.host_tokens)
 
@@ -332,7 +228,7 @@ class Splitter:
                 best = near
         return best
 
-    def _best_ratio(self, pricing: _Pricing, prefill_rows: int) -> Choice | None:
+    def _best_ratio(self, pricing: Pricing, prefill_rows: int) -> Choice | None:
         """The host lap advanced by one part in r, for the r with the best rate that meets the target.
 
         The rate rises with r while the device waits for the host, and falls once the host waits for the device, or
@@ -357,7 +253,7 @@ class Splitter:
                 best = choice
         return best
 
-    def _even_steps(self, pricing: _Pricing, prefill_rows: int, whole: Choice, steps: int) -> float:
+    def _even_steps(self, pricing: Pricing, prefill_rows: int, whole: Choice, steps: int) -> float:
         """Steps of the host lap whose attention takes as long as the device works meanwhile, by a price of `steps`."""
         alone = pricing.device_only(prefill_rows)
         if alone is None:
@@ -381,69 +277,6 @@ class Splitter:
         """What a whole lap of the host rows adds to device-only iterations."""
         iterations = self._num_steps / choice.lap_steps if choice.lap_steps else 1.0
         return iterations * (choice.price.total_us - device_only.price.total_us)
-
-
-class _Pricing:
-    """Prices the candidates of one iteration, each once: searches from several sides meet many of them again.
-
-    decode_us, prefill_row_us: what a decode token and a prefill row are worth.
-    """
-
-    def __init__(self, cost: CostModel, num_steps: int, work: Work, decode_us: float, prefill_row_us: float) -> None:
-        self.work = work
-        self._cost = cost
-        self._num_steps = num_steps
-        self._decode_us = decode_us
-        self._prefill_row_us = prefill_row_us
-        self._host_tokens = tuple(accumulate(work.host_tokens, initial=0))
-        self._prefill: dict[tuple[int, int], tuple[Load, Load]] = {}
-        self._choices: dict[tuple[tuple[int, int], int, int, int], Choice] = {}
-
-    def price(self, prefill_rows: tuple[int, int], num_first: int, num_second: int, lap_steps: int) -> Choice:
-        """The candidate with this split; `lap_steps` of a lap in flight, or of one that begins with `num_second`."""
-        key = (prefill_rows, num_first, num_second, lap_steps)
-        if key not in self._choices:
-            self._choices[key] = self._price(*key)
-        return self._choices[key]
-
-    def _price(self, prefill_rows: tuple[int, int], num_first: int, num_second: int, lap_steps: int) -> Choice:
-        work = self.work
-        first, second = self._prefill_loads(prefill_rows)
-        first += work.device
-        if num_first:
-            first += self._host_load(num_second, num_second + num_first)
-        if num_second:
-            second += self._host_load(0, num_second)
-        if work.lap:
-            second = work.lap
-        spans, loads, all_rows, all_prefill_rows = [], {}, 0.0, 0.0
-        if first.rows:
-            spans.append(Span(0, 0, self._num_steps, num_first > 0))
-            loads[0] = first
-            all_rows, all_prefill_rows = first.rows, first.prefill_rows
-        if lap_steps:
-            spans.append(Span(1, work.lap_step, work.lap_step + lap_steps, second.host_rows > 0))
-            loads[1] = second
-            part = lap_steps / self._num_steps
-            all_rows, all_prefill_rows = all_rows + part * second.rows, all_prefill_rows + part * second.prefill_rows
-        price = self._cost.price(spans, loads)
-        decode_rows = all_rows - all_prefill_rows
-        worth_us = decode_rows * self._decode_us + all_prefill_rows * self._prefill_row_us
-        return Choice(prefill_rows, (num_first, num_second), lap_steps, price, decode_rows, worth_us / price.total_us)
-
-    def device_only(self, prefill_rows: int) -> Choice | None:
-        """The candidate without any host rows; `None` if there is nothing else."""
-        if not (self.work.device.rows or prefill_rows):
-            return None
-        return self.price((prefill_rows, 0), 0, 0, 0)
-
-    def _prefill_loads(self, limits: tuple[int, int]) -> tuple[Load, Load]:
-        if limits not in self._prefill:
-            self._prefill[limits] = _prefill_loads(self.work.chunks, limits)
-        return self._prefill[limits]
-
-    def _host_load(self, first: int, stop: int) -> Load:
-        return Load.host_decode(stop - first, self._host_tokens[stop] - self._host_tokens[first])
 
 
 def _rate(choice: Choice) -> float:

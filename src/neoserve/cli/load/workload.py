@@ -169,3 +169,14 @@ def _csv_rows(text: str) -> Iterator[Lengths]:
     for row in csv.DictReader(text.splitlines()):
         arrival_s = datetime.fromisoformat(row[time]).timestamp()
         yield Lengths(max(1, int(row[prompt])), max(1, int(row[output])), arrival_s)
+
+
+def parse_rates(text: str | None) -> list[float]:
+    """Growing rates from "0.2,0.4", none from `None`; raises `ConfigError` for anything else."""
+    try:
+        rates = sorted(float(item) for item in text.split(",")) if text is not None else []
+    except ValueError:
+        raise ConfigError(f"--rate is {text!r}; expected requests a second, such as 2 or 0.2,0.4,0.8") from None
+    if rates and not 0 < rates[0] <= rates[-1] < float("inf"):
+        raise ConfigError(f"--rate is {text!r}; expected figures above 0")
+    return rates
