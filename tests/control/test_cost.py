@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from neoserve.core.config import ModelShape
 from neoserve.core.plan import Tier
-from neoserve.core.program import Span
+from neoserve.core.program import Op, Span
 from neoserve.scheduling import timeline
 from neoserve.scheduling.cost import CostModel, CostTable, Curve, Kind, Load
+from neoserve.scheduling.timeline import OPS
 from tests.control.environment import H200_LINEAR_US, LARGE
 
 SHAPE = ModelShape(3, 1, 1, 1, 2, 1, 10, 100, False)
@@ -153,10 +154,49 @@ def test_curves_are_linear_between_points_and_go_on_after_the_last() -> None:
 
 
 def test_a_table_survives_the_disk() -> None:
-    rough = CostTable.rough(LARGE)
+    rough = replace(CostTable.rough(LARGE), recorded_rows=(64, 128))
     assert CostTable.from_json(rough.to_json()) == rough
     with pytest.raises(ValueError, match="fields"):
         CostTable.from_json("{}")
+
+
+def test_laps_with_prompts_or_host_rows_take_as_long_as_the_recording_that_holds_them() -> None:
+    costs = table(linear=Curve(((0, 0.0), (100, 100.0))), recorded_rows=(16, 32))
+    model = CostModel(costs, SHAPE)
+
+    def linear_us(load: Load) -> float:
+        device_us = model.stage_costs(load).device_us
+        return device_us[OPS.index(Op.PRE)] + device_us[OPS.index(Op.POST)]
+
+    assert [linear_us(Load.prefill(Tier.DEVICE, 0, rows, samples=True)) for rows in (3, 16, 17, 33)] == [16, 16, 32, 33]
+    assert linear_us(Load.device_decode(3, 30) + Load.host_decode(14, 140)) == 32
+    assert linear_us(Load.device_decode(3, 30)) == 3
+
+
+RECORDED = (16, 32, 64, 96, 128, 192, 256)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "decode_rows", "expected"),
+    [
+        (111, 17, 111),
+        (130, 17, 111),  # up to a quarter fewer
+        (150, 17, 175),
+        (256, 17, 239),
+        (272, 17, 272),  # nothing is recorded for so many
+        (20, 30, 34),  # half as many would not do
+        (0, 17, 0),
+    ],
+)
+def test_prompts_fill_the_recording_that_is_nearest(wanted: int, decode_rows: int, expected: int) -> None:
+    assert CostModel(table(recorded_rows=RECORDED), SHAPE).filling(wanted, decode_rows) == expected
+
+
+@given(wanted=st.integers(1, 400), decode_rows=st.integers(0, 300), sizes=st.sets(st.integers(1, 512)))
+def test_what_fills_a_recording_is_not_far_fewer_prompt_rows(wanted: int, decode_rows: int, sizes: set[int]) -> None:
+    filling = CostModel(table(recorded_rows=tuple(sorted(sizes))), SHAPE).filling(wanted, decode_rows)
+    assert filling >= 0.75 * wanted
+    assert filling == wanted or filling + decode_rows in sizes
 
 
 def test_a_model_that_is_wrong_by_a_factor_learns_it_for_that_kind_alone() -> None:
@@ -219,6 +259,11 @@ def test_the_ridge_point_hardly_depends_on_the_noise_of_one_measurement(noise: f
         [(rows, us * noise if rows == 256 else us / noise if rows == 128 else us) for rows, us in H200_LINEAR_US]
     )
     assert ridge_rows(noisy) in (64, 128, 192)
+
+
+def test_the_ridge_point_fills_a_recording() -> None:
+    costs = table(linear=Curve(H200_LINEAR_US), recorded_rows=RECORDED)
+    assert CostModel(costs, LARGE).ridge_rows(Load.device_decode(16, 0)) + 16 in RECORDED
 
 
 def test_laps_that_take_long_to_launch_have_their_ridge_point_at_more_rows() -> None:

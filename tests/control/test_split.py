@@ -59,6 +59,20 @@ def test_beside_decodes_prompts_keep_pace_with_the_tokens_that_are_generated(pac
     assert choice.prefill_rows == (18 * pace, 0)
 
 
+@pytest.mark.parametrize("num_host", [0, 12, 57])
+@pytest.mark.parametrize("pace", [5.0, 10.0, 15.0])
+def test_prompts_fill_what_is_recorded(num_host: int, pace: float) -> None:
+    """Also where they are divided, and each sub-batch has other rows beside them."""
+    recorded = (16, 32, 64, 96, 128, 192, 256, 320, 384, 512, 768)
+    table = replace(CostTable.rough(LARGE), linear=Curve(H200_LINEAR_US), recorded_rows=recorded)
+    splits = Splitter(CostModel(table, LARGE), LARGE.num_layers, Policy())
+    choice = splits.choose(work(host=(1030,) * num_host, chunks=(prompt(1000), prompt(1000)), pace=pace))
+    decodes = (DEVICE.rows + choice.num_host[0], choice.num_host[1])
+    for decode_rows, prompt_rows in zip(decodes, choice.prefill_rows, strict=True):
+        assert prompt_rows == 0 or decode_rows + prompt_rows in recorded
+    assert sum(choice.prefill_rows) > 0
+
+
 @pytest.mark.parametrize("num_host", [42, 50, 60])
 def test_prompts_keep_pace_where_host_rows_would_do_better_in_every_iteration(num_host: int) -> None:
     """With few prompt rows a lap of the host rows pays best when it takes several iterations, and with few host rows

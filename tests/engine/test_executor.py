@@ -277,6 +277,7 @@ def test_steps_are_recorded_for_two_sub_batches_or_short_layers(
 ) -> None:
     made = make_executor(tiny, device_class(2, 1), host_blocks=host_blocks)
     recorded = made.record_graphs()
+    sizes = made.recorded_rows
     made.close()
     laps, decodes_in_steps, buckets_of_rows = 3, 3, 3  # up to 4 sequences, and up to 64 rows
     expected = {
@@ -287,3 +288,4 @@ def test_steps_are_recorded_for_two_sub_batches_or_short_layers(
     }
     assert recorded is not None
     assert recorded.num_sets == expected[device_class, host_blocks]
+    assert sizes == (() if device_class is SmallDevice and not host_blocks else (16, 32, 64))

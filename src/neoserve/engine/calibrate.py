@@ -31,7 +31,7 @@ from neoserve.scheduling.cost import CostTable, Curve
 REPEATS = 5
 CHAINED = 16
 """Tasks of the worker pool, or hand-offs, measured one after the other."""
-LINEAR_ROWS = (1, 16, 64, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+LINEAR_ROWS = (1, 16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 768, 1024, 2048, 4096, 8192)
 MAX_RECORDED_ROWS = 256
 SUSTAINED_S = 0.2
 """How long each number of rows goes through the linear layers on a GPU, the most rows first and without a pause: matrix
@@ -71,8 +71,8 @@ def _fingerprint(executor: Executor) -> str:
     facts = (
         config.shape, config.dtype, config.block_size, config.max_num_batched_tokens, config.max_num_seqs,
         config.device_blocks > 0, config.host_blocks > 0, config.worker_cpus, config.enforce_eager,
-        executor.device.name, platform.processor(), os.cpu_count(), _native.default_instruction_set(),
-        torch.__version__, torch.get_num_threads(), neoserve.__version__, _code_hash(),
+        executor.recorded_rows, executor.device.name, platform.processor(), os.cpu_count(),
+        _native.default_instruction_set(), torch.__version__, torch.get_num_threads(), neoserve.__version__, _code_hash(),
     )  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
 
@@ -118,6 +118,7 @@ class Calibration:
             handoff_us_per_row=self._handoff_us_per_row(task_us, us_per_row),
             **self._launches_us(),
             migration_us_per_token=self._migration_us_per_token(),
+            recorded_rows=self._executor.recorded_rows,
         )
 
     def _time_us(self, work: Callable[[], None], *, recorded: bool = False, least_s: float = 0.0) -> float:

@@ -71,6 +71,12 @@ class Executor:
         return self._shop.graphs.record()
 
     @property
+    def recorded_rows(self) -> tuple[int, ...]:
+        """Growing numbers of rows for which the linear work of laps with prompts or host rows is recorded; that of
+        fewer rows is filled up."""
+        return self._shop.graphs.stage_sizes
+
+    @property
     def handoffs(self) -> tuple[HandOff, ...]:
         """The sub-batches' hand-offs; none without a host tier."""
         return self._shop.handoffs

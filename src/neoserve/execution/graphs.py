@@ -150,6 +150,11 @@ class StageGraphs:
             steps[step]()
         self._steps[size] = tuple(self._device.record(step, shared=True) for step in steps)
 
+    @property
+    def recorded_sizes(self) -> set[int]:
+        """The buckets that are recorded."""
+        return set(self._steps)
+
     def linear(self, num_rows: int) -> Linear | None:
         """For a lap of `num_rows` rows; `None` when no recorded bucket holds them."""
         size = _bucket(sorted(self._steps), num_rows)
@@ -302,6 +307,12 @@ class Graphs:
                 )
                 break
         return Recorded(num_recorded, seconds, num_bytes)
+
+    @property
+    def stage_sizes(self) -> tuple[int, ...]:
+        """Growing numbers of rows for which the linear work of every sub-batch's laps is recorded."""
+        recorded = [stages.recorded_sizes for stages in self._stages]
+        return tuple(sorted(set.intersection(*recorded))) if recorded else ()
 
     def linear(self, sub_batch: int, num_rows: int) -> Linear | None:
         """The recorded linear work of a sub-batch's lap; `None` where it must be enqueued kernel by kernel."""

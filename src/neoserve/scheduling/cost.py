@@ -48,6 +48,8 @@ class CostTable:
         are of HOST sequences. host_launch_us: of a layer of a lap with host rows. decode_launch_us: of one of nothing
         but device decodes, beside another lap; graph_launch_us: of all layers of such a lap that is alone.
     migration_us_per_token: moving one token's KV between the tiers, all layers.
+    recorded_rows: growing numbers of rows for which the linear layers of a lap with prompts or host rows are recorded:
+        such a lap of fewer rows takes as long as the next of them.
     """
 
     linear: Curve
@@ -68,6 +70,7 @@ class CostTable:
     decode_launch_us: float
     graph_launch_us: float
     migration_us_per_token: float
+    recorded_rows: tuple[int, ...] = ()
 
     @classmethod
     def rough(
@@ -123,6 +126,7 @@ class CostTable:
             raise ValueError(f"cost table has fields {sorted(values)}; expected {sorted(expected)}")
         for name in ("linear", "head", "embed"):
             values[name] = Curve(tuple((x, y) for x, y in values[name]["points"]))
+        values["recorded_rows"] = tuple(values["recorded_rows"])
         return cls(**values)
 
 
@@ -244,6 +248,7 @@ class Correction:
         self.factor = min(max(old * (seen / old) ** self._WEIGHT, 1 / self._RANGE), self._RANGE)
 
 
+_FEWEST_FILLING = 0.75  # of the prompt rows that are asked for: where that does not fill a recording, more do
 _RIDGE_ROWS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # compared
 
 
@@ -293,6 +298,16 @@ class CostModel:
             x0, y0 = self.table.linear.points[-2]
         return self._num_layers * ((y1 - y0) / (x1 - x0) if x1 > x0 else y1 / max(1.0, x1))
 
+    def filling(self, prompt_rows: int, decode_rows: int) -> int:
+        """About so many prompt rows, with which a lap of so many decodes fills a recording. The same number where
+        nothing is recorded for so many."""
+        recorded = self.table.recorded_rows
+        rows = prompt_rows + decode_rows
+        fitting = [size for size in recorded if size - decode_rows >= _FEWEST_FILLING * prompt_rows]
+        if not prompt_rows or not fitting or rows - recorded[-1] > (recorded[-1] - recorded[-2:][0]) / 2:
+            return prompt_rows
+        return min(fitting, key=lambda size: abs(size - rows)) - decode_rows
+
     def ridge_rows(self, decodes: Load) -> int:
         """Where a lap is no more bound by its reads and its launches and not yet by arithmetic: of the numbers of
         prompt rows that it could compute beside these decodes, the one whose rows add the least time each. Attention
@@ -303,7 +318,8 @@ class CostModel:
             return self.price((Span(0, 0, self._num_layers + 1, False),), {0: load}).table_us
 
         decodes_us = lap_us(0)
-        return min(_RIDGE_ROWS, key=lambda rows: (lap_us(rows) - decodes_us) / rows)
+        candidates = [self.filling(rows, decodes.rows) for rows in _RIDGE_ROWS]
+        return min(candidates, key=lambda rows: (lap_us(rows) - decodes_us) / rows)
 
     def observe(self, price: Price, measured_us: float) -> None:
         """Compare a price with what the iteration took and correct later prices of its kind."""
@@ -321,7 +337,7 @@ class CostModel:
 
     def stage_costs(self, load: Load) -> StageCosts:
         table = self.table
-        linear_us = table.linear.at(load.rows)
+        linear_us = table.linear.at(self._computed_rows(load))
         attend_us = 0.0
         if load.device_tokens:
             attend_us += table.device_decode_us + load.device_tokens * table.device_us_per_token
@@ -336,6 +352,12 @@ class CostModel:
         device_us[_HEAD] = table.head.at(load.samples) if load.samples else 0.0
         handoff_us = table.handoff_us + load.host_rows * table.handoff_us_per_row
         return StageCosts(tuple(device_us), self._task_us(load), handoff_us)
+
+    def _computed_rows(self, load: Load) -> int:
+        """Rows that the linear layers compute for a load."""
+        if load.prefill_rows or load.host_rows:
+            return next((size for size in self.table.recorded_rows if size >= load.rows), load.rows)
+        return load.rows
 
     def _task_us(self, load: Load) -> float:
         """One layer's host attention."""

@@ -62,7 +62,7 @@ class Splitter:
         pricing = self._pricing(work)
         available = self._within_target(pricing, sum(chunk.count for chunk in work.chunks))
         if not (available and (work.device.rows or work.host_tokens or work.lap)):
-            return self._with_prompts(pricing, available)
+            return self._with_prompts(pricing, available, available)
         num_host = len(work.host_tokens) + (work.lap.host_rows if work.lap else 0)
         fewest = self._fewest_prompt_rows(work.reference, num_host)
         guesses = (work.reference.rows, max(work.reference.rows, work.device.rows + num_host))
@@ -70,7 +70,7 @@ class Splitter:
         while (rows := _prefill_rows(choice)) < available:
             if available / rows * choice.price.total_us <= self._target_ttft_us:
                 break
-            choice = self._with_prompts(pricing, min(available, 2 * rows))
+            choice = self._with_prompts(pricing, min(available, 2 * rows), available)
         return choice
 
     def _in_balance(self, pricing: Pricing, decode_rows: float, fewest: int, most: int) -> Choice:
@@ -82,27 +82,29 @@ class Splitter:
         """
         work = pricing.work
         tried: list[Choice] = []
+        wanted = 0
         for _ in range(_BALANCING_ROUNDS):
-            wanted = min(most, max(fewest, round(work.pace.prompt_rows * decode_rows)))
-            if tried and abs(wanted - _prefill_rows(tried[-1])) <= _prefill_rows(tried[-1]) // 8:
+            before, wanted = wanted, min(most, max(fewest, round(work.pace.prompt_rows * decode_rows)))
+            if tried and abs(wanted - before) <= before // 8:
                 return tried[-1]
-            tried.append(self._with_prompts(pricing, wanted))
+            tried.append(self._with_prompts(pricing, wanted, most))
             decode_rows = max(work.reference.rows, tried[-1].decode_rows)
         if not work.pace.fills_host:
             return tried[-1]
         most_rows = max(tried, key=_prefill_rows)
         if work.host_tokens and not any(most_rows.num_host):
-            whole = self._whole_lap(pricing, _prefill_rows(most_rows))
+            whole = self._whole_lap(pricing, _prefill_rows(most_rows), most)
             if self._meets_target(whole):
                 return whole
         return most_rows
 
-    def _with_prompts(self, pricing: Pricing, prefill_rows: int) -> Choice:
-        """The best candidate with so many prompt rows."""
+    def _with_prompts(self, pricing: Pricing, wanted: int, most: int) -> Choice:
+        """The best candidate with about so many prompt rows, which fill what is recorded, and `most` of them."""
+        prefill_rows = min(most, self._cost.filling(wanted, pricing.work.device.rows))
         if pricing.work.lap:
             return self._advance_lap(pricing, prefill_rows)
         if pricing.work.host_tokens:
-            return self._begin_lap(pricing, prefill_rows)
+            return self._begin_lap(pricing, prefill_rows, self._whole_lap(pricing, wanted, most))
         return pricing.price((prefill_rows, 0), 0, 0, 0)
 
     def rows_worth_having(
@@ -146,7 +148,7 @@ class Splitter:
         missing = tokens - choice.decode_rows
         if missing <= 0:
             return tokens / choice.price.total_us
-        between = self._with_prompts(pricing, 0)
+        between = self._with_prompts(pricing, 0, 0)
         return tokens / (choice.price.total_us + missing / between.decode_rows * between.price.total_us)
 
     def _fewest_prompt_rows(self, reference: Load, num_host: int) -> int:
@@ -176,10 +178,9 @@ class Splitter:
             prefill_rows = max(smallest, prefill_rows // 2)
         return prefill_rows
 
-    def _begin_lap(self, pricing: Pricing, prefill_rows: int) -> Choice:
-        """Host rows wait for a lap: none of them, all beside the rest, split over both, or a lap over several."""
+    def _begin_lap(self, pricing: Pricing, prefill_rows: int, whole: Choice) -> Choice:
+        """Host rows wait for a lap: none of them, all in this iteration (`whole`), or a lap over several."""
         num_host = len(pricing.work.host_tokens)
-        whole = self._whole_lap(pricing, prefill_rows)
         if not pricing.work.device.rows:
             return whole
         device_only = pricing.device_only(prefill_rows)
@@ -200,30 +201,32 @@ class Splitter:
         best = self._best_ratio(pricing, prefill_rows)
         return best or pricing.price((prefill_rows, 0), 0, 0, self._steps(self._policy.slowest_ratio, step))
 
-    def _whole_lap(self, pricing: Pricing, prefill_rows: int) -> Choice:
-        """All host rows make a whole lap now, with the prompts in sub-batch 0 or half of them in each."""
-        whole = self._best_split(pricing, (prefill_rows, 0))
-        if prefill_rows > 1:
-            half = -(-prefill_rows // 2)
-            whole = max(whole, self._best_split(pricing, (half, half)), key=_rate)
+    def _whole_lap(self, pricing: Pricing, wanted: int, most: int) -> Choice:
+        """All host rows make a whole lap now, with the prompts in sub-batch 0 or about half of them in each."""
+        whole = self._best_split(pricing, (wanted, 0), most)
+        if wanted > 1:
+            half = -(-wanted // 2)
+            whole = max(whole, self._best_split(pricing, (half, half), most), key=_rate)
         return whole
 
-    def _best_split(self, pricing: Pricing, prefill_rows: tuple[int, int]) -> Choice:
-        """All host rows make a whole lap now, so many of them in sub-batch 1 that it takes the least time."""
-        num_host = len(pricing.work.host_tokens)
+    def _best_split(self, pricing: Pricing, wanted: tuple[int, int], most: int) -> Choice:
+        """All host rows make a whole lap now, so many of them in sub-batch 1 that its rate is best."""
+        num_host, num_device = len(pricing.work.host_tokens), pricing.work.device.rows
 
         def split(num_second: int) -> Choice:
-            steps = self._num_steps if num_second or prefill_rows[1] else 0
-            return pricing.price(prefill_rows, num_host - num_second, num_second, steps)
+            first = min(most, self._cost.filling(wanted[0], num_device + num_host - num_second))
+            second = min(most - first, self._cost.filling(wanted[1], num_second))
+            steps = self._num_steps if num_second or second else 0
+            return pricing.price((first, second), num_host - num_second, num_second, steps)
 
-        leaves_first = not pricing.work.device.rows and not prefill_rows[0]
+        leaves_first = not num_device and not wanted[0]
         largest = num_host - 1 if leaves_first else num_host
-        best = min((split(n) for n in sorted({0, largest // 2})), key=_total_us)
+        best = max((split(n) for n in sorted({0, largest // 2})), key=_rate)
         step = -(-largest // 8)
         for direction in (step, -step):
             while 0 <= best.num_host[1] + direction <= largest:
                 near = split(best.num_host[1] + direction)
-                if near.price.total_us >= best.price.total_us:
+                if near.rate <= best.rate:
                     break
                 best = near
         return best
@@ -285,7 +288,3 @@ def _rate(choice: Choice) -> float:
 
 def _prefill_rows(choice: Choice) -> int:
     return sum(choice.prefill_rows)
-
-
-def _total_us(choice: Choice) -> float:
-    return choice.price.total_us
