@@ -3,6 +3,7 @@
 import mmap
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -209,3 +210,71 @@ def test_memory_figures_follow_allocations(device: CudaDevice) -> None:
 def test_there_is_no_such_gpu() -> None:
     with pytest.raises(ConfigError, match="no GPU 99"):
         CudaDevice(attention_shape(8, 2, 64), "float16", 16, index=99)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_an_earlier_recording_that_is_collected_does_not_end_the_next(device: CudaDevice, one_by_one: bool) -> None:
+    x = torch.zeros(1 << 16, device=device.torch_device)
+    replays: list[object] = []
+
+    def work() -> None:
+        x.add_(1)
+        do([[] for _ in range(100_000)])  # enough for the collector to run
+
+    def record() -> None:
+        replays.append(device.record(work, shared=True, one_by_one=one_by_one))
+
+    device.submit(record).wait()
+    replays.append(replays)
+    replays = []
+    device.submit(record).wait()
+
+
+def recorded_one_by_one(device: CudaDevice, work: Callable[[], None]) -> Callable[[], None]:
+    """A replay of `work`, which has run once before."""
+    replays: list[Callable[[], None]] = []
+    device.submit(work).wait()
+    device.submit(lambda: replays.append(device.record(work, shared=True, one_by_one=True))).wait()
+    return replays[0]
+
+
+def test_work_recorded_one_by_one_is_done_again_in_order(device: CudaDevice) -> None:
+    """Kernels of torch, of cuBLAS (in parts that are added up, which fills memory first) and of ours (which begin
+    before their predecessors end), copies and fills."""
+    torch.manual_seed(0)
+    place = {"device": device.torch_device, "dtype": torch.bfloat16}
+    weights = [torch.randn(512, 4096, **place), torch.randn(4096, 512, **place), torch.randn(8192, 4096, **place)]
+    x = torch.randn(16, 4096, **place)
+    halves, kept, zeroed = torch.empty(16, 2048, **place), torch.empty(16, 512, **place), torch.ones(64, **place)
+
+    def work() -> None:
+        zeroed.zero_()
+        y = x @ weights[0].T
+        kept.copy_(y)
+        halves.copy_(device.ops.linear_silu_and_mul((y @ weights[1].T).mul_(0.01), weights[2], None)[:, :2048])
+
+    replay = recorded_one_by_one(device, work)
+    for _ in range(3):
+        x.normal_()
+        torch.cuda.synchronize()
+        device.submit(work).wait()
+        expected = [tensor.clone() for tensor in (halves, kept)]
+        for tensor in (halves, kept, zeroed):
+            tensor.fill_(7)
+        torch.cuda.synchronize()
+        device.submit(replay).wait()
+        assert torch.equal(halves, expected[0])
+        assert torch.equal(kept, expected[1])
+        assert not zeroed.any()
+
+
+def test_recordings_replayed_one_by_one_lie_in_no_memory_of_the_device(device: CudaDevice) -> None:
+    x = torch.zeros(1 << 16, device=device.torch_device)
+    replays = [recorded_one_by_one(device, lambda: do(x.add_(1)))]
+    free_bytes = device.free_bytes()
+    replays += [recorded_one_by_one(device, lambda: do(x.add_(1))) for _ in range(400)]
+    for replay in replays:
+        device.submit(replay)
+    device.synchronise()
+    assert x[0].item() == 2 * len(replays)
+    assert free_bytes - device.free_bytes() < 8 * 2**20

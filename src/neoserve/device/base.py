@@ -139,12 +139,14 @@ class Device(ABC):
         """Inside `submit`: as `wait_for`, but it is the channel's later exchanges that wait."""
 
     @abstractmethod
-    def record(self, work: Callable[[], None], *, shared: bool) -> Callable[[], None]:
+    def record(self, work: Callable[[], None], *, shared: bool, one_by_one: bool = False) -> Callable[[], None]:
         """Inside `submit`: a closure that enqueues, each time it is called, what `work` would: the same kernels at the
         same addresses, so whatever changes must lie in tensors that stay. `work` must have run once before.
 
         shared: the tensors that `work` allocates lie in memory that all such recordings share and that stays; what
         is in them is lost when another one runs. Else the recording has memory of its own, which ends with it.
+        one_by_one: what it enqueues goes to the device kernel by kernel, not as one. That takes the CPU longer, and
+        leaves nothing of the recording itself in the device's memory.
         """
 
     @abstractmethod

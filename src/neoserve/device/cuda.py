@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from neoserve.core.config import DType, ModelShape
 from neoserve.core.errors import ConfigError
 from neoserve.device.base import Completion, Copy, Device, Exchange, Flag, Mark, Transfer
 from neoserve.device.driver import Driver
+from neoserve.device.launches import Launches
 from neoserve.device.registration import RegisteredMemory
 from neoserve.kernels.flashinfer_ops import FlashInferOps
 from neoserve.kernels.fused_ops import FusedOps
@@ -125,6 +127,7 @@ class CudaDevice(Device):
         ops = FusedOps if capability >= _FUSED_CAPABILITY else FlashInferOps
         self.ops = ops(shape, getattr(torch, dtype), block_size, self.torch_device)
         self._driver = Driver()
+        self._launches = Launches.by(self._driver)
         self._compute = torch.cuda.Stream(self.torch_device, priority=-1)
         self._copies = torch.cuda.Stream(self.torch_device)
         self._forked = torch.cuda.Event()
@@ -172,9 +175,11 @@ class CudaDevice(Device):
             raise completion.error
         stream.wait_event(completion.end)
 
-    def record(self, work: Callable[[], None], *, shared: bool) -> Callable[[], None]:
-        """As `Device.record`, a CUDA graph."""
+    def record(self, work: Callable[[], None], *, shared: bool, one_by_one: bool = False) -> Callable[[], None]:
+        """As `Device.record`, a CUDA graph; `one_by_one` if the driver can (CUDA 12.3)."""
         pool = self._shared_pool() if shared else torch.cuda.graph_pool_handle()
+        if one_by_one and self._launches is not None:
+            return self._launches.of(self._capture(work, pool, keep_graph=True), self._compute.cuda_stream)
         replay: Callable[[], None] = self._capture(work, pool).replay
         return replay
 
@@ -185,15 +190,20 @@ class CudaDevice(Device):
             self._shared_recording = self._capture(lambda: torch.zeros(1, device=self.torch_device), pool)
         return self._shared_recording.pool()
 
-    def _capture(self, work: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
+    def _capture(self, work: Callable[[], object], pool: Any, *, keep_graph: bool = False) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph(keep_graph)
         # Not the context manager `torch.cuda.graph`: it collects garbage and empties the allocator's cache each time,
-        # which takes a hundred times as long as recording a layer.
+        # which takes a hundred times as long as recording a layer. But an earlier graph that is collected in the middle
+        # of a capture ends it.
+        collects = gc.isenabled()
+        gc.disable()
         graph.capture_begin(pool, capture_error_mode="thread_local")
         try:
             work()
         finally:
             graph.capture_end()
+            if collects:
+                gc.enable()
         return graph
 
     def synchronise(self) -> None:

@@ -142,7 +142,7 @@ class ReferenceDevice(Device):
     def hold_exchanges(self, channel: int, completion: Completion) -> None:
         completion.wait()
 
-    def record(self, work: Callable[[], None], *, shared: bool) -> Callable[[], None]:
+    def record(self, work: Callable[[], None], *, shared: bool, one_by_one: bool = False) -> Callable[[], None]:
         """The work itself: running it again is all there is to replay."""
         return work
 

@@ -72,7 +72,8 @@ def _fingerprint(executor: Executor) -> str:
         config.shape, config.dtype, config.block_size, config.max_num_batched_tokens, config.max_num_seqs,
         config.device_blocks > 0, config.host_blocks > 0, config.worker_cpus, config.enforce_eager,
         executor.recorded_rows, executor.device.name, platform.processor(), os.cpu_count(),
-        _native.default_instruction_set(), torch.__version__, torch.get_num_threads(), neoserve.__version__, _code_hash(),
+        _native.default_instruction_set(), torch.__version__, torch.get_num_threads(), neoserve.__version__,
+        _code_hash(),
     )  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
 

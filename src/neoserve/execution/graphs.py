@@ -7,7 +7,8 @@ POST(L - 1). Three kinds of recordings:
 - a lap of nothing but device decodes, which runs alone: all of its steps, with their attention, in one;
 - such a lap beside another one: each step with its attention, if layers are short;
 - any other lap: each step without its attention, which is enqueued between the steps, if layers are short or there is
-  a second sub-batch.
+  a second sub-batch. Those of long layers are many and fill a GPU's memory, which has little left beside such layers,
+  and the GPU is busy with each for longer than it takes to enqueue kernel by kernel, so that is how they are replayed.
 
 Shape letters: T rows, B sequences, S slots, C = H + 2K heads of a fused qkv row, H query heads, K kv heads, D head dim,
 E model dim.
@@ -129,10 +130,16 @@ class RecordedLinear:
 
 
 class StageGraphs:
-    """The recordings of one sub-batch's linear work: a step of a lap, for each bucket of rows."""
+    """The recordings of one sub-batch's linear work: a step of a lap, for each bucket of rows.
 
-    def __init__(self, device: Device, model: Decoder, dtype: torch.dtype, sizes: Sequence[int]) -> None:
+    one_by_one: as `Device.record` has it.
+    """
+
+    def __init__(
+        self, device: Device, model: Decoder, dtype: torch.dtype, sizes: Sequence[int], *, one_by_one: bool
+    ) -> None:
         self.sizes = tuple(sizes)
+        self._one_by_one = one_by_one
         self._device = device
         self._model = model
         self._rows = Rows.allocate(model, self.sizes[-1], dtype, device.torch_device)
@@ -148,7 +155,7 @@ class StageGraphs:
         steps = _steps(self._model, rows, keep)
         for step in (0, 1, -1):  # each kernel runs once before it is recorded; the layers' are the same
             steps[step]()
-        self._steps[size] = tuple(self._device.record(step, shared=True) for step in steps)
+        self._steps[size] = tuple(self._device.record(step, shared=True, one_by_one=self._one_by_one) for step in steps)
 
     @property
     def recorded_sizes(self) -> set[int]:
@@ -286,7 +293,9 @@ class Graphs:
             buckets = STAGE_BUCKETS + MORE_STAGE_BUCKETS if is_short else STAGE_BUCKETS
             sizes = _up_to(buckets, config.max_num_batched_tokens)
             num_sub_batches = 2 if config.host_blocks else 1
-            self._stages = tuple(StageGraphs(device, model, dtype, sizes) for _ in range(num_sub_batches))
+            self._stages = tuple(
+                StageGraphs(device, model, dtype, sizes, one_by_one=not is_short) for _ in range(num_sub_batches)
+            )
 
     def record(self) -> Recorded | None:
         """Record what time and memory allow, largest buckets first; `None` where there is nothing to record."""

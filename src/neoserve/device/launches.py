@@ -1,0 +1,195 @@
+"""A captured CUDA graph, replayed launch by launch.
+
+An instantiated graph takes 128 KiB of the GPU's memory, whatever is in it; a captured one lies in the host's. So
+recordings that are many, and of work that takes the GPU longer than enqueueing it, are not instantiated: their nodes
+are enqueued one by one, by the driver and with the arguments that were captured, at some 3 us each.
+
+The structures are those of cuda.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, Structure, byref, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
+from functools import partial
+from typing import Any
+
+import torch
+
+from neoserve.device.driver import Driver
+
+_KERNEL, _COPY, _FILL, _EMPTY = 0, 1, 2, 5
+"""Types of nodes."""
+_PROGRAMMATIC = 1
+"""The type of an edge by which a kernel may begin before its predecessor ends."""
+_BEGINS_EARLY = 6
+"""The same as an attribute of a launch."""
+_KEPT_ATTRIBUTES = (2, 4, 5, 11, 14)
+"""Of a launch: cooperative, cluster dimension and its scheduling, preferred cluster dimension, preferred carveout."""
+
+
+class _Kernel(Structure):
+    """CUDA_KERNEL_NODE_PARAMS_v2."""
+
+    _fields_ = (
+        ("function", c_void_p), ("grid", c_uint * 3), ("block", c_uint * 3), ("shared_bytes", c_uint),
+        ("arguments", c_void_p), ("extra", c_void_p), ("kernel", c_void_p), ("context", c_void_p),
+    )  # fmt: skip
+
+
+class _End(Structure):
+    """One end of a copy, in CUDA_MEMCPY3D."""
+
+    _fields_ = (
+        ("x_bytes", c_size_t), ("y", c_size_t), ("z", c_size_t), ("lod", c_size_t), ("memory_type", c_int),
+        ("host", c_void_p), ("device", c_uint64), ("array", c_void_p), ("reserved", c_void_p), ("pitch", c_size_t),
+        ("height", c_size_t),
+    )  # fmt: skip
+
+
+class _Copy(Structure):
+    """CUDA_MEMCPY3D."""
+
+    _fields_ = (
+        ("source", _End), ("target", _End), ("width_bytes", c_size_t), ("height", c_size_t), ("depth", c_size_t),
+    )  # fmt: skip
+
+
+class _Fill(Structure):
+    """CUDA_MEMSET_NODE_PARAMS."""
+
+    _fields_ = (
+        ("target", c_uint64), ("pitch", c_size_t), ("value", c_uint), ("element_bytes", c_uint), ("width", c_size_t),
+        ("height", c_size_t),
+    )  # fmt: skip
+
+
+class _Edge(Structure):
+    """CUgraphEdgeData."""
+
+    _fields_ = (("from_port", c_ubyte), ("to_port", c_ubyte), ("type", c_ubyte), ("reserved", c_ubyte * 5))
+
+
+class _Attribute(Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (("id", c_int), ("padding", c_ubyte * 4), ("value", c_ubyte * 64))
+
+
+class _Launch(Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", c_uint * 3), ("block", c_uint * 3), ("shared_bytes", c_uint), ("stream", c_void_p),
+        ("attributes", POINTER(_Attribute)), ("num_attributes", c_uint),
+    )  # fmt: skip
+
+
+class Launches:
+    """The launches of captured graphs. Raises AttributeError where the driver is older than CUDA 12.3."""
+
+    @classmethod
+    def by(cls, driver: Driver) -> Launches | None:
+        """Of this driver, if it is new enough."""
+        try:
+            return cls(driver)
+        except AttributeError:
+            return None
+
+    def __init__(self, driver: Driver) -> None:
+        function = driver.function
+        self._driver = driver
+        self._nodes = function("cuGraphGetNodes", c_void_p, c_void_p, c_void_p)
+        self._edges = function("cuGraphGetEdges_v2", c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)
+        self._type = function("cuGraphNodeGetType", c_void_p, c_void_p)
+        self._kernel = function("cuGraphKernelNodeGetParams_v2", c_void_p, c_void_p)
+        self._attribute = function("cuGraphKernelNodeGetAttribute", c_void_p, c_int, c_void_p)
+        self._copy = function("cuGraphMemcpyNodeGetParams", c_void_p, c_void_p)
+        self._fill = function("cuGraphMemsetNodeGetParams", c_void_p, c_void_p)
+        self._enqueue_kernel = function("cuLaunchKernelEx", c_void_p, c_void_p, c_void_p, c_void_p)
+        self._enqueue_copy = function("cuMemcpyAsync", c_uint64, c_uint64, c_size_t, c_void_p)
+        self._enqueue_fill = {
+            size: function(f"cuMemsetD{8 * size}Async", c_uint64, c_uint, c_size_t, c_void_p) for size in (1, 2, 4)
+        }
+
+    def of(self, graph: torch.cuda.CUDAGraph, stream: int) -> Callable[[], None]:
+        """What enqueues everything in a graph that was captured with `keep_graph`, on that stream.
+
+        Raises ValueError for what is neither a kernel nor a copy or a fill of one piece of memory.
+        """
+        calls = []
+        for node, begins_early in self._in_order(graph.raw_cuda_graph()):
+            kind = c_int()
+            self._call(self._type, node, byref(kind))
+            if kind.value == _KERNEL:
+                calls.append(self._kernel_call(node, stream, begins_early=begins_early))
+            elif kind.value == _COPY:
+                calls.append(self._copy_call(node, stream))
+            elif kind.value == _FILL:
+                calls.append(self._fill_call(node, stream))
+            elif kind.value != _EMPTY:
+                raise ValueError(f"a node of type {kind.value}; expected a kernel, a copy or a fill")
+        return partial(self._replay, graph, tuple(calls))  # the graph owns the arguments
+
+    def _replay(self, _: torch.cuda.CUDAGraph, calls: Sequence[partial[int]]) -> None:
+        for call in calls:
+            if code := call():
+                self._driver.check(call.func, code)
+
+    def _in_order(self, graph: int) -> list[tuple[int, bool]]:
+        """The nodes, each after those that it depends on, and whether it may begin before those end."""
+        nodes = (c_uint64 * self._count(self._nodes, graph, None))()
+        self._call(self._nodes, graph, nodes, byref(c_size_t(len(nodes))))
+        num_edges = self._count(self._edges, graph, None, None, None)
+        before, after, kinds = (c_uint64 * num_edges)(), (c_uint64 * num_edges)(), (_Edge * num_edges)()
+        if num_edges:
+            self._call(self._edges, graph, before, after, kinds, byref(c_size_t(num_edges)))
+        early = {node for node, edge in zip(after, kinds, strict=True) if edge.type == _PROGRAMMATIC}
+        waits_for: dict[int, set[int]] = {node: set() for node in nodes}
+        for first, second in zip(before, after, strict=True):
+            waits_for[second].add(first)
+        ordered: dict[int, bool] = {}
+        while len(ordered) < len(waits_for):
+            ordered |= {node: node in early for node in waits_for if waits_for[node] <= ordered.keys()}
+        return list(ordered.items())
+
+    def _kernel_call(self, node: int, stream: int, *, begins_early: bool) -> partial[int]:
+        kernel = _Kernel()
+        self._call(self._kernel, node, byref(kernel))
+        attributes = []
+        for number in _KEPT_ATTRIBUTES:
+            attribute = _Attribute(id=number)
+            is_known = self._attribute(node, number, byref(attribute, _Attribute.value.offset)) == 0
+            if is_known and any(attribute.value):
+                attributes.append(attribute)
+        if begins_early:
+            attributes.append(_Attribute(id=_BEGINS_EARLY, value=(c_ubyte * 64)(1)))
+        launch = _Launch(
+            kernel.grid, kernel.block, kernel.shared_bytes, stream, (_Attribute * len(attributes))(*attributes),
+            len(attributes),
+        )  # fmt: skip
+        function = kernel.function or kernel.kernel
+        return partial(self._enqueue_kernel, byref(launch), function, kernel.arguments, kernel.extra)
+
+    def _copy_call(self, node: int, stream: int) -> partial[int]:
+        copy = _Copy()
+        self._call(self._copy, node, byref(copy))
+        source, target = (end.device + end.x_bytes if end.device else 0 for end in (copy.source, copy.target))
+        if not (source and target and copy.height == copy.depth == 1):
+            raise ValueError(f"a copy of {copy.depth} x {copy.height} pieces; expected one, of mapped memory")
+        return partial(self._enqueue_copy, target, source, copy.width_bytes, stream)
+
+    def _fill_call(self, node: int, stream: int) -> partial[int]:
+        fill = _Fill()
+        self._call(self._fill, node, byref(fill))
+        if fill.height != 1:
+            raise ValueError(f"a fill of {fill.height} pieces; expected one")
+        return partial(self._enqueue_fill[fill.element_bytes], fill.target, fill.value, fill.width, stream)
+
+    def _count(self, function: Any, graph: int, *nothing: None) -> int:
+        count = c_size_t()
+        self._call(function, graph, *nothing, byref(count))
+        return count.value
+
+    def _call(self, function: Any, *arguments: Any) -> None:
+        self._driver.check(function, function(*arguments))
