@@ -46,6 +46,22 @@ def test_when_the_device_pool_is_too_full_the_newest_leaves() -> None:
     assert all(loop.outputs[name] == true_output(request(name, 20, 100)) for name in loop.outputs)
 
 
+def test_room_that_the_head_of_the_queue_does_not_fit_goes_to_who_is_on_the_host() -> None:
+    """Requests that need most of the device pool and short ones take turns; more than one of the former is never there.
+    The short ones that went to the host come back beside it, and the head takes their place."""
+    settings = config(device_blocks=24, host_blocks=60, max_num_seqs=12)
+    loop = Loop(scheduler_for(settings), Machine(settings))
+    for n in range(40):
+        loop.scheduler.add(request(f"r{n}", 300 if n % 2 else 20, 30))
+    came = set()
+    while loop.scheduler.num_waiting:
+        loop.step()
+        if loop.plans[-1].migrations:
+            came |= {move.request_id for move in loop.plans[-1].migrations if move.source is Tier.HOST}
+    loop.drain()
+    assert len(came) > 5
+
+
 def test_when_the_device_pool_has_room_the_oldest_of_the_host_comes_back() -> None:
     settings = config(device_blocks=12, host_blocks=40)
     loop = Loop(scheduler_for(settings, Policy(expected_share=0.0)), Machine(settings))

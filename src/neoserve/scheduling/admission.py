@@ -87,6 +87,13 @@ class Admission:
         running[request.request_id] = sequence
         return sequence
 
+    @property
+    def waits_for_device(self) -> bool:
+        """Whether the head of the queue waits for room in the device pool, as host rows do not pay now."""
+        if not self.waiting or self._host_rows_wanted:
+            return False
+        return self._placement.fits_device(next(iter(self.waiting.values())))
+
     def outlook(self, running: Iterable[Sequence], iteration: int) -> Outlook:
         """What is to be expected. It changes slowly and is found anew every few iterations."""
         if iteration - self._looked_at >= _JUDGEMENT_AGE:

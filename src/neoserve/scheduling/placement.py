@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
-from itertools import islice
 
 from neoserve.core.config import ResolvedConfig
 from neoserve.core.errors import RequestTooLongError
@@ -155,11 +154,14 @@ class Placement:
                 break
 
     def refill_device(self, decoding_on_host: Iterable[Sequence]) -> None:
-        """Migrate the oldest of the host pool back while the device pool has room to spare."""
+        """Migrate sequences of the host pool to room in the device pool, those that need most of it first."""
         if not self._both:
             return
-        for sequence in islice(decoding_on_host, _MIGRATIONS_TO_DEVICE):
-            if not self._try_migrate(sequence):
+        fitting = [s for s in decoding_on_host if s.residence.held <= self._available(Tier.DEVICE)]
+        left = _MIGRATIONS_TO_DEVICE
+        for sequence in sorted(fitting, key=lambda s: s.residence.held + s.residence.remaining, reverse=True):
+            left -= self._try_migrate(sequence)
+            if left == 0:
                 break
 
     def force_migration(self, running: Iterable[Sequence]) -> None:

@@ -113,7 +113,7 @@ class Scheduler:
             self._placement.force_migration(running)
         device, host = self._decoding(running)
         prompts, chunks = self._prompts(running, self._config.max_num_batched_tokens - len(device) - len(host))
-        if not self._admission.waiting or not self._placement.fits_device(next(iter(self._admission.waiting.values()))):
+        if not self._admission.waits_for_device:
             self._placement.refill_device(host)
             host = self._staying(host)
         if not (device or host or chunks or self._host_lap):
