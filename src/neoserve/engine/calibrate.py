@@ -211,7 +211,7 @@ class Calibration:
             for layer in range(num_layers):
                 planned[0].run(q_THD, k_TKD, v_TKD, kv_LN2KPD[layer], out_THD)
 
-        return self._time_us(work, recorded=decode) / num_layers
+        return self._time_us(work, recorded=True) / num_layers
 
     def _device_decode(self) -> tuple[float, float]:
         """Fixed cost, and cost of each KV token."""
