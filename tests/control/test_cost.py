@@ -225,6 +225,19 @@ def test_what_the_worker_pool_really_takes_is_learned(truth: float) -> None:
     assert model.price(spans, loads).host_us == pytest.approx(truth * before.host_us, rel=0.02)
 
 
+def test_what_the_cpu_does_besides_enqueueing_is_learned() -> None:
+    """It counts where the CPU is what an iteration waits for; one long step says little."""
+    model = CostModel(table(prefill_launch_us=20.0), SHAPE)
+    prefill, many = Load.prefill(Tier.DEVICE, 0, 4, samples=True), Load.prefill(Tier.DEVICE, 0, 400, samples=True)
+    before = [model.price([whole()], {0: load}) for load in (prefill, many)]
+    for _ in range(200):
+        model.observe_overhead(1500.0)
+    assert model.price([whole()], {0: prefill}).total_us == pytest.approx(80 + 1500, rel=0.02)
+    assert model.price([whole()], {0: many}).total_us == before[1].total_us
+    model.observe_overhead(1e6)
+    assert model.price([whole()], {0: prefill}).total_us == pytest.approx(80 + 1500, rel=0.04)
+
+
 def test_an_outlier_hardly_moves_the_correction() -> None:
     model = CostModel(table(), SHAPE)
     price = model.price([whole()], {0: Load.device_decode(2, 10)})

@@ -31,6 +31,8 @@ from neoserve.scheduling.cost import CostTable, Curve
 REPEATS = 5
 CHAINED = 16
 """Tasks of the worker pool, or hand-offs, measured one after the other."""
+DECODES = 16
+"""Rows of decodes that laps are enqueued with to see how long it takes."""
 LINEAR_ROWS = (1, 16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 768, 1024, 2048, 4096, 8192)
 MAX_RECORDED_ROWS = 256
 SUSTAINED_S = 0.2
@@ -322,15 +324,16 @@ class Calibration:
         launches = {name: getattr(self._rough, name) for name in names}
         if not config.device_blocks:
             return launches
-        decode = (Tier.DEVICE, 1)
-        beside = (decode,) if config.max_num_seqs > 1 else ()
-        launches["graph_launch_us"] = self._enqueue_us(decode)
-        launches["decode_launch_us"] = self._enqueue_us(decode, in_parts=True) / num_steps
+        count = min(DECODES, config.max_num_seqs - 1, config.max_num_batched_tokens - 1)
+        decodes, host_decodes = [(Tier.DEVICE, 1)] * max(1, count), [(Tier.HOST, 1)] * max(1, count)
+        beside = decodes[:count]
+        launches["graph_launch_us"] = self._enqueue_us(*decodes)
+        launches["decode_launch_us"] = self._enqueue_us(*decodes, in_parts=True) / num_steps
         launches["prefill_launch_us"] = self._enqueue_us(*beside, (Tier.DEVICE, 0)) / num_steps
         if config.host_blocks:
             staged_us = self._enqueue_us(*beside, (Tier.HOST, 0)) / num_steps
             launches["staged_launch_us"] = max(0.0, staged_us - launches["prefill_launch_us"])
-            launches["host_launch_us"] = self._enqueue_us((Tier.HOST, 1)) / num_steps
+            launches["host_launch_us"] = self._enqueue_us(*host_decodes) / num_steps
         return launches
 
     def _enqueue_us(self, *rows: tuple[Tier, int], in_parts: bool = False) -> float:

@@ -45,6 +45,7 @@ class EngineCore:
         self._executor = built.executor
         self._scheduler = built.scheduler
         self._in_flight: deque[Launched] = deque()
+        self._free_since_s: float | None = None  # the end of the last wait, if a step follows at once
         self.observer: Observer | None = None
         self.info = EngineInfo(
             config=built.executor.config,
@@ -88,8 +89,11 @@ class EngineCore:
 
     def step(self) -> list[TokenEvent]:
         """Launch what can be launched, then commit the oldest iteration in flight if the pipeline is full."""
+        free_since_s = self._free_since_s or time.perf_counter()
+        self._free_since_s = None
         plan = self._scheduler.plan_iteration()
         if plan is not None:
+            self._scheduler.observe_overhead((time.perf_counter() - free_since_s) * 1e6)
             on_stage = self.observer.launching(plan) if self.observer is not None else None
             self._in_flight.append(self._executor.launch(plan, on_stage))
         if self._in_flight and (plan is None or len(self._in_flight) >= PIPELINE_DEPTH):
@@ -99,6 +103,8 @@ class EngineCore:
     def _commit_oldest(self) -> list[TokenEvent]:
         launched = self._in_flight.popleft()
         result = self._executor.collect(launched)
+        if self._in_flight:
+            self._free_since_s = time.perf_counter()
         if self.observer is not None:
             self.observer.collected(launched, result)
         failed = [(launched.plan, result)] if result.error is not None else []

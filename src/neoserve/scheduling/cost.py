@@ -220,7 +220,8 @@ class Price:
     """What an iteration is predicted to take. Times in microseconds.
 
     total_us: with the correction from earlier iterations of its kind; table_us: without it.
-    device_us: the device's stages without waiting. host_us: the worker pool's tasks. launch_us: enqueueing.
+    device_us: the device's stages without waiting. host_us: the worker pool's tasks. launch_us: enqueueing, without
+    what else the CPU does for an iteration.
     """
 
     kind: Kind
@@ -248,12 +249,15 @@ class Correction:
         self.factor = min(max(old * (seen / old) ** self._WEIGHT, 1 / self._RANGE), self._RANGE)
 
 
+_OVERHEAD_WEIGHT = 0.05  # of a new observation of what an iteration takes the CPU besides enqueueing
+_OVERHEAD_STEP_US = 500.0  # an observation counts as at most this far from what is known: now and then it is huge
 _FEWEST_FILLING = 0.75  # of the prompt rows that are asked for: where that does not fill a recording, more do
 _RIDGE_ROWS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # compared
 
 
 class CostModel:
-    """Prices iterations, and learns what they take: a factor for each kind of them, and one for the worker pool."""
+    """Prices iterations, and learns what they take: a factor for each kind of them, one for the worker pool, and how
+    long the CPU plans an iteration and hands out its tokens."""
 
     _WINDOW = 256
 
@@ -263,6 +267,7 @@ class CostModel:
         self._pre_share = shape.pre_parameters / shape.layer_parameters
         self._correction = {kind: Correction() for kind in Kind}
         self._host_correction = Correction()
+        self._overhead_us = 0.0
         self._costs_of = lru_cache(maxsize=64)(self.stage_costs)  # candidates of an iteration share most loads
         self._errors: deque[float] = deque(maxlen=self._WINDOW)
 
@@ -280,7 +285,7 @@ class CostModel:
             device_us += self._device_us(span, costs[span.sub_batch])
             host_us += self._host_tasks(span) * costs[span.sub_batch].host_us
             launch_us += self._launch_us(span, loads[span.sub_batch], alone=len(program_spans) == 1)
-        table_us = max(walk_us(self._num_layers, program_spans, *costs), host_us, launch_us)
+        table_us = max(walk_us(self._num_layers, program_spans, *costs), host_us, launch_us + self._overhead_us)
         kind = Kind.of(
             pipelined=is_pipelined(program_spans),
             prefill=any(loads[span.sub_batch].prefill_rows for span in program_spans),
@@ -334,6 +339,11 @@ class CostModel:
             return
         self._host_correction.observe(measured_us / predicted_us * self._host_correction.factor)
         self._costs_of.cache_clear()
+
+    def observe_overhead(self, measured_us: float) -> None:
+        """Learn from what the CPU took for an iteration besides enqueueing it."""
+        step_us = min(max(measured_us - self._overhead_us, -_OVERHEAD_STEP_US), _OVERHEAD_STEP_US)
+        self._overhead_us += _OVERHEAD_WEIGHT * step_us
 
     def stage_costs(self, load: Load) -> StageCosts:
         table = self.table

@@ -121,6 +121,10 @@ class Scheduler:
         choice = self._choose(device, host, chunks)
         return self._carry_out(choice, device, host, prompts, chunks)
 
+    def observe_overhead(self, cpu_us: float) -> None:
+        """The caller took so long for an iteration besides launching it and waiting for another one."""
+        self._cost.observe_overhead(cpu_us)
+
     def commit(self, plan: IterationPlan, result: IterationResult) -> list[TokenEvent]:
         """Take the result of the oldest planned iteration: new tokens, and who is finished.
 
