@@ -16,7 +16,7 @@ from neoserve.core.config import ModelShape, ResolvedConfig
 from neoserve.core.plan import IterationPlan, IterationResult, Rows, SampledToken, SubBatch, Tier
 from neoserve.core.program import program
 from neoserve.core.request import Request, SamplingParams, TokenEvent
-from neoserve.scheduling.cost import CostModel, CostTable
+from neoserve.scheduling.cost import CostModel, CostTable, Load
 from neoserve.scheduling.policy import Policy
 from neoserve.scheduling.scheduler import Scheduler
 
@@ -99,6 +99,7 @@ class Machine:
         self.in_flight: dict[int, tuple[SubBatch, int]] = {}
         self.lost: set[int] = set()  # sub-batches whose lap in flight failed; the iteration after may still advance it
         self.laps_with_host = 0
+        self.truth = CostModel(CostTable.rough(settings.shape), settings.shape)
 
     def run(self, plan: IterationPlan) -> IterationResult:
         """Migrate, begin laps, advance them, and say what the ended ones yield."""
@@ -111,6 +112,8 @@ class Machine:
         self.check_rows(plan)
         steps = self.settings.shape.num_layers + 1
         ended: list[SubBatch] = []
+        loads = {index: Load.of(lap) for index, (lap, _) in self.in_flight.items()}
+        elapsed_us = self.truth.price(plan.spans, loads).total_us if plan.spans else 0.0
         for span in plan.spans:
             lap, step = self.in_flight[span.sub_batch]
             assert span.first_step == step
@@ -131,7 +134,7 @@ class Machine:
             self.lost.update(lap.index for lap in advanced)
             return IterationResult((), 1000.0, error="a worker died")
         tokens = tuple(self.compute(rows) for lap in ended for rows in lap.rows)
-        return IterationResult(tokens, 1.1 * plan.predicted_us)
+        return IterationResult(tokens, 1.1 * elapsed_us)
 
     def migrate(self, plan: IterationPlan) -> None:
         """Copy from what was there before the iteration: migrations may run in any order, beside the laps."""

@@ -12,7 +12,7 @@ from neoserve.core.config import ModelShape
 from neoserve.core.plan import Tier
 from neoserve.core.program import Op, Span
 from neoserve.scheduling import timeline
-from neoserve.scheduling.cost import CostModel, CostTable, Curve, Kind, Load
+from neoserve.scheduling.cost import CostModel, CostTable, Curve, Kind, Load, Price
 from neoserve.scheduling.timeline import OPS
 from tests.control.environment import H200_LINEAR_US, LARGE
 
@@ -235,7 +235,32 @@ def test_what_the_cpu_does_besides_enqueueing_is_learned() -> None:
     assert model.price([whole()], {0: prefill}).total_us == pytest.approx(80 + 1500, rel=0.02)
     assert model.price([whole()], {0: many}).total_us == before[1].total_us
     model.observe_overhead(1e6)
-    assert model.price([whole()], {0: prefill}).total_us == pytest.approx(80 + 1500, rel=0.04)
+    assert model.price([whole()], {0: prefill}).total_us == pytest.approx(80 + 1500, rel=0.08)
+
+
+def test_what_prompts_add_to_a_lap_of_few_rows_is_learned_and_moves_the_ridge_point() -> None:
+    """Laps that arithmetic or the CPU bounds do not tell; a lap that advances by a part has a part of it."""
+    model = CostModel(table(linear=Curve(H200_LINEAR_US), recorded_rows=RECORDED, prefill_launch_us=300.0), LARGE)
+    decodes, whole_lap = Load.device_decode(16, 0), Span(0, 0, LARGE.num_layers + 1, False)
+
+    def lap(rows: int, spans: tuple[Span, ...] = (whole_lap,)) -> Price:
+        return model.price(spans, {0: decodes + Load(rows=rows, prefill_rows=rows)})
+
+    before, ridge = lap(48), model.ridge_rows(decodes)
+    for _ in range(200):
+        model.observe(lap(1000), 3 * lap(1000).table_us)
+    assert lap(48).table_us == before.table_us
+    for _ in range(200):
+        model.observe(lap(48), before.table_us + 9_000.0)
+    assert lap(48).total_us == pytest.approx(before.table_us + 9_000, rel=0.02)
+    assert lap(240).table_us - lap(240).plain_us == pytest.approx(9_000, rel=0.05)
+    assert model.ridge_rows(decodes) > ridge
+    part = lap(48, (Span(0, 0, 27, False),))
+    assert part.table_us - part.plain_us == pytest.approx(3_000, rel=0.05)
+    assert model.price((whole_lap,), {0: decodes}).plain_us is None
+
+    slow_cpu = CostModel(table(linear=Curve(H200_LINEAR_US), prefill_launch_us=3000.0), LARGE)
+    assert slow_cpu.price((whole_lap,), {0: Load(rows=48, prefill_rows=48)}).plain_us is None
 
 
 def test_an_outlier_hardly_moves_the_correction() -> None:

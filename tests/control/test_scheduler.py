@@ -191,19 +191,19 @@ def test_while_requests_wait_prompts_are_spread_over_all_iterations() -> None:
 
 def test_laps_that_last_are_advanced_to_their_end() -> None:
     settings = config(
-        shape=LARGE, device_blocks=600, host_blocks=9000, max_num_seqs=128, max_num_batched_tokens=2048,
+        shape=LARGE, device_blocks=1200, host_blocks=9000, max_num_seqs=128, max_num_batched_tokens=2048,
         staging_blocks=256, max_model_len=2048,
     )  # fmt: skip
     loop = Loop(scheduler_for(settings), Machine(settings))
     for n in range(90):
-        loop.scheduler.add(request(f"r{n}", 500, 100))
+        loop.scheduler.add(request(f"r{n}", 1000, 100))
     loop.drain()
     partial = [span for plan in loop.plans for span in plan.spans if span.sub_batch == 1 and span.num_steps < 81]
     assert len(partial) > 10
     stats = loop.scheduler.stats()
     assert stats.host_tokens_total > 200
     assert stats.pipelined_iterations_total > 10
-    assert loop.outputs["r89"] == true_output(request("r89", 500, 100))
+    assert loop.outputs["r89"] == true_output(request("r89", 1000, 100))
 
 
 @pytest.mark.parametrize(("mode", "device_blocks"), [("off", 20_000), ("auto", 2000), ("all", 0)])

@@ -221,7 +221,8 @@ class Price:
 
     total_us: with the correction from earlier iterations of its kind; table_us: without it.
     device_us: the device's stages without waiting. host_us: the worker pool's tasks. launch_us: enqueueing, without
-    what else the CPU does for an iteration.
+    what else the CPU does for an iteration. plain_us: of a lap of few rows that shows what prompts add to it, its time
+    without that.
     """
 
     kind: Kind
@@ -230,6 +231,7 @@ class Price:
     device_us: float
     host_us: float
     launch_us: float
+    plain_us: float | None = None
 
 
 class Correction:
@@ -249,15 +251,29 @@ class Correction:
         self.factor = min(max(old * (seen / old) ** self._WEIGHT, 1 / self._RANGE), self._RANGE)
 
 
-_OVERHEAD_WEIGHT = 0.05  # of a new observation of what an iteration takes the CPU besides enqueueing
-_OVERHEAD_STEP_US = 500.0  # an observation counts as at most this far from what is known: now and then it is huge
+class Surcharge:
+    """A time that follows what was measured beyond what is known of it, from zero."""
+
+    _WEIGHT = 0.1  # of a new observation
+    _STEP_US = 1000.0  # an observation counts as at most this far from the present time: now and then it is huge
+
+    def __init__(self) -> None:
+        self.us = 0.0
+
+    def observe(self, us: float) -> None:
+        """One measured time."""
+        self.us = max(0.0, self.us + self._WEIGHT * min(max(us - self.us, -self._STEP_US), self._STEP_US))
+
+
 _FEWEST_FILLING = 0.75  # of the prompt rows that are asked for: where that does not fill a recording, more do
 _RIDGE_ROWS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # compared
 
 
 class CostModel:
-    """Prices iterations, and learns what they take: a factor for each kind of them, one for the worker pool, and how
-    long the CPU plans an iteration and hands out its tokens."""
+    """Prices iterations, and learns what they take: a factor for each kind of them, and one for the worker pool; how
+    long the CPU plans an iteration and hands out its tokens; and what the device takes for a lap because it has
+    prompts, however few: it is not recorded as a whole, and between two of its kernels there is a pause.
+    """
 
     _WINDOW = 256
 
@@ -267,7 +283,8 @@ class CostModel:
         self._pre_share = shape.pre_parameters / shape.layer_parameters
         self._correction = {kind: Correction() for kind in Kind}
         self._host_correction = Correction()
-        self._overhead_us = 0.0
+        self._overhead = Surcharge()
+        self._prompts = Surcharge()
         self._costs_of = lru_cache(maxsize=64)(self.stage_costs)  # candidates of an iteration share most loads
         self._errors: deque[float] = deque(maxlen=self._WINDOW)
 
@@ -285,12 +302,22 @@ class CostModel:
             device_us += self._device_us(span, costs[span.sub_batch])
             host_us += self._host_tasks(span) * costs[span.sub_batch].host_us
             launch_us += self._launch_us(span, loads[span.sub_batch], alone=len(program_spans) == 1)
-        table_us = max(walk_us(self._num_layers, program_spans, *costs), host_us, launch_us + self._overhead_us)
-        kind = Kind.of(
-            pipelined=is_pipelined(program_spans),
-            prefill=any(loads[span.sub_batch].prefill_rows for span in program_spans),
+        with_prompts = [span for span in program_spans if loads[span.sub_batch].prefill_rows]
+        prompts_us = self._prompts.us * sum(span.num_steps for span in with_prompts) / (self._num_layers + 1)
+        walked_us = walk_us(self._num_layers, program_spans, *costs) + prompts_us
+        cpu_us = launch_us + self._overhead.us
+        table_us = max(walked_us, host_us, cpu_us)
+        kind = Kind.of(pipelined=is_pipelined(program_spans), prefill=bool(with_prompts))
+        tells = kind is Kind.DEVICE_PREFILL and walked_us > cpu_us and self._is_bound_by_reads(loads[0])
+        return Price(
+            kind,
+            table_us * self._correction[kind].factor,
+            table_us,
+            device_us,
+            host_us,
+            launch_us,
+            walked_us - prompts_us if tells else None,
         )
-        return Price(kind, table_us * self._correction[kind].factor, table_us, device_us, host_us, launch_us)
 
     def host_lap_us(self, load: Load) -> float:
         """Time of the worker pool for a lap of the load's host rows."""
@@ -332,6 +359,8 @@ class CostModel:
             return
         self._errors.append(abs(price.total_us - measured_us) / measured_us)
         self._correction[price.kind].observe(measured_us / price.table_us)
+        if price.plain_us is not None:
+            self._prompts.observe(measured_us - price.plain_us)
 
     def observe_host(self, predicted_us: float, measured_us: float) -> None:
         """Compare what `host_lap_us` said with what the worker pool took, and correct later prices of its tasks."""
@@ -342,8 +371,7 @@ class CostModel:
 
     def observe_overhead(self, measured_us: float) -> None:
         """Learn from what the CPU took for an iteration besides enqueueing it."""
-        step_us = min(max(measured_us - self._overhead_us, -_OVERHEAD_STEP_US), _OVERHEAD_STEP_US)
-        self._overhead_us += _OVERHEAD_WEIGHT * step_us
+        self._overhead.observe(measured_us)
 
     def stage_costs(self, load: Load) -> StageCosts:
         table = self.table
@@ -362,6 +390,10 @@ class CostModel:
         device_us[_HEAD] = table.head.at(load.samples) if load.samples else 0.0
         handoff_us = table.handoff_us + load.host_rows * table.handoff_us_per_row
         return StageCosts(tuple(device_us), self._task_us(load), handoff_us)
+
+    def _is_bound_by_reads(self, load: Load) -> bool:
+        """Whether the linear layers take at most twice as long as for one row."""
+        return self.table.linear.at(self._computed_rows(load)) <= 2 * self.table.linear.at(1)
 
     def _computed_rows(self, load: Load) -> int:
         """Rows that the linear layers compute for a load."""
