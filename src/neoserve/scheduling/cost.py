@@ -308,7 +308,12 @@ class CostModel:
         cpu_us = launch_us + self._overhead.us
         table_us = max(walked_us, host_us, cpu_us)
         kind = Kind.of(pipelined=is_pipelined(program_spans), prefill=bool(with_prompts))
-        tells = kind is Kind.DEVICE_PREFILL and walked_us > cpu_us and self._is_bound_by_reads(loads[0])
+        tells = (
+            kind is Kind.DEVICE_PREFILL
+            and len(program_spans) == 1
+            and walked_us > cpu_us
+            and self._is_bound_by_reads(loads[program_spans[0].sub_batch])
+        )
         return Price(
             kind,
             table_us * self._correction[kind].factor,
