@@ -81,6 +81,18 @@ def _current(stream: torch.cuda.Stream) -> Iterator[None]:
         torch.cuda.set_stream(outer)
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the garbage collector."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 class _Channel:
     """A stream for the hand-offs of one sub-batch, and the events that tie it to the compute stream."""
 
@@ -195,15 +207,12 @@ class CudaDevice(Device):
         # Not the context manager `torch.cuda.graph`: it collects garbage and empties the allocator's cache each time,
         # which takes a hundred times as long as recording a layer. But an earlier graph that is collected in the middle
         # of a capture ends it.
-        collects = gc.isenabled()
-        gc.disable()
-        graph.capture_begin(pool, capture_error_mode="thread_local")
-        try:
-            work()
-        finally:
-            graph.capture_end()
-            if collects:
-                gc.enable()
+        with _no_collection():
+            graph.capture_begin(pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
         return graph
 
     def synchronise(self) -> None:
