@@ -15,7 +15,6 @@ from neoserve.core.plan import IterationPlan, IterationResult, Migration, Rows, 
 from neoserve.core.program import Span
 from neoserve.core.request import Request, SamplingParams
 from neoserve.device.base import Device
-from neoserve.device.reference import ReferenceDevice
 from neoserve.engine.build import make_device
 from neoserve.engine.resolve import Threads
 from neoserve.execution.executor import Executor
@@ -46,6 +45,11 @@ def device_for(tiny: Tiny) -> Device:
     return make_device(DEVICE, shape, DTYPE, 16, Threads((), num_compute=2, num_beside_workers=1))
 
 
+def make_small(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the tiny model's layers be a good part of the device's memory, as those of 70B are of an H200's."""
+    monkeypatch.setattr(device, "total_bytes", lambda: 2**16)
+
+
 def make_executor(tiny: Tiny, device: Device, *, host_blocks: int = 12, enforce_eager: bool = False) -> Executor:
     spec = open_checkpoint(tiny.path).spec
     weights = load_weights(spec, Path(tiny.path), getattr(torch, DTYPE), device.torch_device)
@@ -62,8 +66,8 @@ def make_executor(tiny: Tiny, device: Device, *, host_blocks: int = 12, enforce_
 @pytest.fixture(params=["recorded", "recorded for a small device", "eager"])
 def executor(tiny: Tiny, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Executor]:
     is_eager, device = request.param == "eager", device_for(tiny)
-    if "small" in request.param:  # of whose memory a layer is a good part, as one of 70B is of an H200's
-        monkeypatch.setattr(device, "total_bytes", lambda: 2**16)
+    if "small" in request.param:
+        make_small(device, monkeypatch)
     made = make_executor(tiny, device, enforce_eager=is_eager)
     assert bool(made.record_graphs()) != is_eager
     for name in ("a", "b"):
@@ -266,30 +270,25 @@ def test_the_model_has_all_its_threads_unless_the_workers_attend(executor: Execu
     assert threads == [{2}, {1}]
 
 
-class SmallDevice(ReferenceDevice):
-    """One whose memory the layers of the tiny model are a good part of."""
-
-    def total_bytes(self) -> int:
-        return 2**16
-
-
-@pytest.mark.skipif(ON_GPU, reason="a GPU's memory is what it is")
 @pytest.mark.parametrize("host_blocks", [0, 12])
-@pytest.mark.parametrize("device_class", [ReferenceDevice, SmallDevice])
+@pytest.mark.parametrize("is_small", [False, True])
 def test_steps_are_recorded_for_two_sub_batches_or_short_layers(
-    tiny: Tiny, device_class: type[ReferenceDevice], host_blocks: int
+    tiny: Tiny, is_small: bool, host_blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = make_executor(tiny, device_class(2, 1), host_blocks=host_blocks)
+    device = device_for(tiny)
+    if is_small:
+        make_small(device, monkeypatch)
+    made = make_executor(tiny, device, host_blocks=host_blocks)
     recorded = made.record_graphs()
     sizes = made.recorded_rows
     made.close()
     laps, decodes_in_steps, buckets_of_rows = 3, 3, 3  # up to 4 sequences, and up to 64 rows
     expected = {
-        (ReferenceDevice, 0): laps + buckets_of_rows,
-        (ReferenceDevice, 12): laps + 2 * buckets_of_rows + decodes_in_steps,
-        (SmallDevice, 0): laps,
-        (SmallDevice, 12): laps + 2 * buckets_of_rows,
+        (False, 0): laps + buckets_of_rows,
+        (False, 12): laps + 2 * buckets_of_rows + decodes_in_steps,
+        (True, 0): laps,
+        (True, 12): laps + 2 * buckets_of_rows,
     }
     assert recorded is not None
-    assert recorded.num_sets == expected[device_class, host_blocks]
-    assert sizes == (() if device_class is SmallDevice and not host_blocks else (16, 32, 64))
+    assert recorded.num_sets == expected[is_small, host_blocks]
+    assert sizes == (() if is_small and not host_blocks else (16, 32, 64))

@@ -107,7 +107,6 @@ class Launches:
         self._copy = function("cuGraphMemcpyNodeGetParams", c_void_p, c_void_p)
         self._fill = function("cuGraphMemsetNodeGetParams", c_void_p, c_void_p)
         self._enqueue_kernel = function("cuLaunchKernelEx", c_void_p, c_void_p, c_void_p, c_void_p)
-        self._enqueue_copy = function("cuMemcpyAsync", c_uint64, c_uint64, c_size_t, c_void_p)
         self._enqueue_fill = {
             size: function(f"cuMemsetD{8 * size}Async", c_uint64, c_uint, c_size_t, c_void_p) for size in (1, 2, 4)
         }
@@ -117,7 +116,7 @@ class Launches:
 
         Raises ValueError for what is neither a kernel nor a copy or a fill of one piece of memory.
         """
-        calls = []
+        calls: list[partial[Any]] = []
         for node, begins_early in self._in_order(graph.raw_cuda_graph()):
             kind = c_int()
             self._call(self._type, node, byref(kind))
@@ -131,7 +130,7 @@ class Launches:
                 raise ValueError(f"a node of type {kind.value}; expected a kernel, a copy or a fill")
         return partial(self._replay, graph, tuple(calls))  # the graph owns the arguments
 
-    def _replay(self, _: torch.cuda.CUDAGraph, calls: Sequence[partial[int]]) -> None:
+    def _replay(self, _: torch.cuda.CUDAGraph, calls: Sequence[partial[Any]]) -> None:
         for call in calls:
             if code := call():
                 self._driver.check(call.func, code)
@@ -153,7 +152,7 @@ class Launches:
             ordered |= {node: node in early for node in waits_for if waits_for[node] <= ordered.keys()}
         return list(ordered.items())
 
-    def _kernel_call(self, node: int, stream: int, *, begins_early: bool) -> partial[int]:
+    def _kernel_call(self, node: int, stream: int, *, begins_early: bool) -> partial[Any]:
         kernel = _Kernel()
         self._call(self._kernel, node, byref(kernel))
         attributes = []
@@ -171,15 +170,15 @@ class Launches:
         function = kernel.function or kernel.kernel
         return partial(self._enqueue_kernel, byref(launch), function, kernel.arguments, kernel.extra)
 
-    def _copy_call(self, node: int, stream: int) -> partial[int]:
+    def _copy_call(self, node: int, stream: int) -> partial[Any]:
         copy = _Copy()
         self._call(self._copy, node, byref(copy))
         source, target = (end.device + end.x_bytes if end.device else 0 for end in (copy.source, copy.target))
         if not (source and target and copy.height == copy.depth == 1):
             raise ValueError(f"a copy of {copy.depth} x {copy.height} pieces; expected one, of mapped memory")
-        return partial(self._enqueue_copy, target, source, copy.width_bytes, stream)
+        return partial(self._driver.copy, target, source, copy.width_bytes, stream)  # it checks its own result
 
-    def _fill_call(self, node: int, stream: int) -> partial[int]:
+    def _fill_call(self, node: int, stream: int) -> partial[Any]:
         fill = _Fill()
         self._call(self._fill, node, byref(fill))
         if fill.height != 1:

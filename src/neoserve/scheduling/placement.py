@@ -157,7 +157,8 @@ class Placement:
         """Migrate sequences of the host pool to room in the device pool, those that need most of it first."""
         if not self._both:
             return
-        fitting = [s for s in decoding_on_host if s.residence.held <= self._available(Tier.DEVICE)]
+        room = self._available(Tier.DEVICE)
+        fitting = [s for s in decoding_on_host if s.residence.held <= room]
         left = _MIGRATIONS_TO_DEVICE
         for sequence in sorted(fitting, key=lambda s: s.residence.held + s.residence.remaining, reverse=True):
             left -= self._try_migrate(sequence)
