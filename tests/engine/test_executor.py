@@ -272,7 +272,7 @@ def test_the_model_has_all_its_threads_unless_the_workers_attend(executor: Execu
 
 @pytest.mark.parametrize("host_blocks", [0, 12])
 @pytest.mark.parametrize("is_small", [False, True])
-def test_steps_are_recorded_for_two_sub_batches_or_short_layers(
+def test_steps_are_recorded_for_each_sub_batch_and_those_of_decodes_for_short_layers(
     tiny: Tiny, is_small: bool, host_blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = device_for(tiny)
@@ -286,9 +286,9 @@ def test_steps_are_recorded_for_two_sub_batches_or_short_layers(
     expected = {
         (False, 0): laps + buckets_of_rows,
         (False, 12): laps + 2 * buckets_of_rows + decodes_in_steps,
-        (True, 0): laps,
+        (True, 0): laps + buckets_of_rows,
         (True, 12): laps + 2 * buckets_of_rows,
     }
     assert recorded is not None
     assert recorded.num_sets == expected[is_small, host_blocks]
-    assert sizes == (() if is_small and not host_blocks else (16, 32, 64))
+    assert sizes == (16, 32, 64)

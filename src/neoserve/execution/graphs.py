@@ -6,9 +6,9 @@ POST(L - 1). Three kinds of recordings:
 
 - a lap of nothing but device decodes, which runs alone: all of its steps, with their attention, in one;
 - such a lap beside another one: each step with its attention, if layers are short;
-- any other lap: each step without its attention, which is enqueued between the steps, if layers are short or there is
-  a second sub-batch. Those of long layers are many and fill a GPU's memory, which has little left beside such layers,
-  and the GPU is busy with each for longer than it takes to enqueue kernel by kernel, so that is how they are replayed.
+- any other lap: each step without its attention, which is enqueued between the steps. Those of long layers are many
+  and fill a GPU's memory, which has little left beside such layers, and the GPU is busy with each for longer than it
+  takes to enqueue kernel by kernel, so that is how they are replayed.
 
 Shape letters: T rows, B sequences, S slots, C = H + 2K heads of a fused qkv row, H query heads, K kv heads, D head dim,
 E model dim.
@@ -289,13 +289,12 @@ class Graphs:
             rows = Rows.allocate(model, sizes[-1], dtype, device.torch_device)
             plans = device.ops.decode_plans(sizes, config.device_blocks, store.padding_block)
             self._lap = LapGraphs(device, model, store, last_ids_S, rows, plans)
-        if config.host_blocks or is_short:
-            buckets = STAGE_BUCKETS + MORE_STAGE_BUCKETS if is_short else STAGE_BUCKETS
-            sizes = _up_to(buckets, config.max_num_batched_tokens)
-            num_sub_batches = 2 if config.host_blocks else 1
-            self._stages = tuple(
-                StageGraphs(device, model, dtype, sizes, one_by_one=not is_short) for _ in range(num_sub_batches)
-            )
+        buckets = STAGE_BUCKETS + MORE_STAGE_BUCKETS if is_short else STAGE_BUCKETS
+        sizes = _up_to(buckets, config.max_num_batched_tokens)
+        num_sub_batches = 2 if config.host_blocks else 1
+        self._stages = tuple(
+            StageGraphs(device, model, dtype, sizes, one_by_one=not is_short) for _ in range(num_sub_batches)
+        )
 
     def record(self) -> Recorded | None:
         """Record what time and memory allow, largest buckets first; `None` where there is nothing to record."""
