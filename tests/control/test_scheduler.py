@@ -171,13 +171,16 @@ def test_host_only_splits_its_decodes_over_both_sub_batches_when_that_is_faster(
     assert all(span.num_steps == LARGE.num_layers + 1 for plan in loop.plans for span in plan.spans)
 
 
-def test_while_requests_wait_prompts_are_spread_over_all_iterations() -> None:
-    """Decode-only laps between large prefills would read the weights for a few rows each."""
-    settings = config(
+def device_only_loop() -> Loop:
+    return loop_for(
         shape=LARGE, offload="off", device_blocks=1200, host_blocks=0, max_num_seqs=64, max_num_batched_tokens=2048,
         max_model_len=2048,
     )  # fmt: skip
-    loop = Loop(scheduler_for(settings), Machine(settings))
+
+
+def test_while_requests_wait_prompts_are_spread_over_all_iterations() -> None:
+    """Decode-only laps between large prefills would read the weights for a few rows each."""
+    loop = device_only_loop()
     for n in range(80):
         loop.scheduler.add(request(f"r{n}", 1000, 100))
     prompt_rows = []
@@ -187,6 +190,26 @@ def test_while_requests_wait_prompts_are_spread_over_all_iterations() -> None:
     steady = prompt_rows[len(prompt_rows) // 4 :]
     assert sum(rows > 0 for rows in steady) > 0.7 * len(steady)
     assert max(steady) <= 512
+
+
+def test_while_none_waits_a_first_token_takes_fewer_iterations() -> None:
+    """Many long answers ask for few prompt rows, but whoever comes when memory is free need not wait for that."""
+    num_iterations = []
+    for num_late in (1, 40):
+        loop = device_only_loop()
+        for n in range(8):
+            loop.scheduler.add(request(f"r{n}", 500, 1000))
+        for _ in range(60):
+            loop.step()
+        for n in range(num_late):
+            loop.scheduler.add(request(f"late{n}", 1000, 1000))
+        first = len(loop.plans)
+        for _ in range(60):
+            loop.step()
+        rows = [rows for plan in loop.plans[first:] for sub_batch in plan.begins for rows in sub_batch.prefill]
+        num_iterations.append(sum(chunk.request_id == "late0" for chunk in rows))
+    calm, pressed = num_iterations
+    assert 2 * calm <= pressed
 
 
 def test_laps_that_last_are_advanced_to_their_end() -> None:

@@ -34,8 +34,9 @@ def work(
     must_run_host: bool = False,
     pace: float = 10.0,
     fills_host: bool = False,
+    is_calm: bool = False,
 ) -> Work:
-    return Work(DEVICE, device, chunks, Pace(pace, fills_host), host, lap, lap_step, must_run_host)
+    return Work(DEVICE, device, chunks, Pace(pace, fills_host, is_calm), host, lap, lap_step, must_run_host)
 
 
 def is_device_only(choice: Choice) -> bool:
@@ -110,6 +111,18 @@ def test_where_few_prompts_would_do_the_device_is_used_up_to_its_ridge_point() -
         return (choice.price.total_us - alone.price.total_us) / sum(choice.prefill_rows)
 
     assert row_us(choice) < 0.7 * row_us(many)
+
+
+@pytest.mark.parametrize("num_host", [0, 40])
+def test_while_no_request_waits_prompts_come_twice_as_fast_as_at_the_ridge_point(num_host: int) -> None:
+    host = (1024,) * num_host
+    pressed, calm = (
+        splitter().choose(work(chunks=(prompt(2000),), host=host, pace=1.0, is_calm=is_calm))
+        for is_calm in (False, True)
+    )
+    assert sum(calm.prefill_rows) == 2 * sum(pressed.prefill_rows)
+    fast = splitter().choose(work(chunks=(prompt(2000),), host=host, pace=1000.0, is_calm=True))
+    assert sum(fast.prefill_rows) == 2000
 
 
 def test_a_few_host_rows_do_not_pay_and_many_do() -> None:

@@ -113,12 +113,12 @@ class Admission:
     def pace(self, running: Iterable[Sequence], iteration: int) -> Pace:
         """Answers and prompts in balance, and up to twice as many prompt rows while there are fewer host rows than
         wanted."""
-        balance = self.outlook(running, iteration).balance
+        balance, is_calm = self.outlook(running, iteration).balance, not self.waiting
         if not self._host_rows_wanted:
-            return Pace(balance)
+            return Pace(balance, is_calm=is_calm)
         _, host = _resident_load(running)
         share = host.rows / self._host_rows_wanted
-        return Pace(balance * max(1.0, 2.0 - share), fills_host=share < _FILLED)
+        return Pace(balance * max(1.0, 2.0 - share), fills_host=share < _FILLED, is_calm=is_calm)
 
     def _balance(self, running: Iterable[Sequence]) -> float:
         prompts = answers = 0

@@ -28,11 +28,13 @@ class Chunk:
 
 class Pace(NamedTuple):
     """How fast to compute prompts. prompt_rows: for each token that is generated. fills_host: rather more rows than
-    that than fewer, so that host rows come to be as many as are wanted.
+    that than fewer, so that host rows come to be as many as are wanted. is_calm: no request waits to be admitted, so
+    that first tokens count for more than what prompts cost.
     """
 
     prompt_rows: float
     fills_host: bool = False
+    is_calm: bool = False
 
 
 NO_PACE = Pace(0.0)
