@@ -113,12 +113,12 @@ class Admission:
     def pace(self, running: Iterable[Sequence], iteration: int) -> Pace:
         """Answers and prompts in balance, and up to twice as many prompt rows while there are fewer host rows than
         wanted."""
-        balance, is_calm = self.outlook(running, iteration).balance, not self.waiting
+        pace = Pace(self.outlook(running, iteration).balance, is_calm=not self.waiting)
         if not self._host_rows_wanted:
-            return Pace(balance, is_calm=is_calm)
+            return pace
         _, host = _resident_load(running)
         share = host.rows / self._host_rows_wanted
-        return Pace(balance * max(1.0, 2.0 - share), fills_host=share < _FILLED, is_calm=is_calm)
+        return pace._replace(prompt_rows=pace.prompt_rows * max(1.0, 2.0 - share), fills_host=share < _FILLED)
 
     def _balance(self, running: Iterable[Sequence]) -> float:
         prompts = answers = 0

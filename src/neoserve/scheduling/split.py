@@ -23,7 +23,7 @@ from neoserve.scheduling.policy import Policy
 _RATIOS = (1, 2, 3, 4, 5, 6, 7, 8, 11)  # iterations that a host lap may take, tried in this order
 _BALANCING_ROUNDS = 3  # of prompt rows, how far the host lap gets, and again
 _FEWER, _MOST_NUMBERS = 0.7, 4  # numbers of host rows that are compared: each so much less than the one before
-_CALM_FACTOR = 2  # as many prompt rows where no request waits: first tokens a third sooner, intervals 3 percent longer
+_CALM_FACTOR = 2  # of the prompt rows at the least, while no request waits to be admitted
 _MOST_PROMPTS = 16  # beside them in an iteration: shorter prompts are priced as so many that fill it
 
 
