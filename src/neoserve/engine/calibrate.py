@@ -268,10 +268,10 @@ class Calibration:
             return rough.host_task_us, rough.host_us_per_token, rough.host_us_per_row
         room_each = self._config.host_blocks * self._config.block_size // 16
         length = max(32, min(2048, self._config.max_model_len, room_each))
-        # The fastest of some: on a machine that others use too, a worker may be late for many tasks on end.
-        alone_us, rows_us, long_us = (
-            min(self._host_us(*case) for _ in range(REPEATS)) for case in ((1, 1), (16, 1), (16, length))
-        )
+        cases = ((1, 1), (16, 1), (16, length))
+        # The fastest of each, round after round: on a machine that others use too, a worker may be late for a while.
+        rounds = [[self._host_us(*case) for case in cases] for _ in range(REPEATS)]
+        alone_us, rows_us, long_us = map(min, zip(*rounds, strict=True))
         return (
             alone_us,
             max(0.0, long_us - rows_us) / (16 * (length - 1)),
