@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import neoserve
 from neoserve import _native
+from neoserve.device.base import Exchange
 from neoserve.engine import calibrate
+from neoserve.execution.handoff import HandOff
 from neoserve.scheduling.cost import CostTable
 from tests.engine.conftest import Tiny
 from tests.engine.driving import engine
@@ -61,3 +65,27 @@ def test_a_worker_that_is_late_for_a_while_does_not_make_host_rows_dear(
     table = CostTable.from_json(path.read_text())
     assert len(set(seen)) == 3
     assert max(table.host_task_us, table.host_us_per_row, table.host_us_per_token) < late_us / 100
+
+
+def test_a_hand_off_that_is_late_does_not_make_the_others_dear(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEO_CACHE_DIR", str(tmp_path))
+    send = HandOff.send
+    late_s = 0.02
+    num_sent = 0
+
+    def late_now_and_then(self: HandOff, qkv_TCD: torch.Tensor, out_THD: torch.Tensor) -> Exchange:
+        nonlocal num_sent
+        num_sent += 1
+        if num_sent % calibrate.REPEATS == 0:
+            time.sleep(late_s)
+        return send(self, qkv_TCD, out_THD)
+
+    monkeypatch.setattr(HandOff, "send", late_now_and_then)
+    with engine(tiny.path, offload="all", host_memory_bytes=2**20, max_num_batched_tokens=32):
+        pass
+    [path] = tmp_path.glob("costs-*.json")
+    table = CostTable.from_json(path.read_text())
+    assert num_sent
+    assert max(table.handoff_us, table.handoff_us_per_row) < late_s * 1e6 / 10

@@ -117,8 +117,8 @@ class Calibration:
             host_task_us=task_us,
             host_us_per_token=host_us_per_token,
             host_us_per_row=us_per_row,
-            handoff_us=self._handoff_us(1, task_us),
-            handoff_us_per_row=self._handoff_us_per_row(task_us, us_per_row),
+            handoff_us=self._handoff_us(1),
+            handoff_us_per_row=self._handoff_us_per_row(),
             **self._launches_us(),
             migration_us_per_token=self._migration_us_per_token(),
             recorded_rows=self._executor.recorded_rows,
@@ -278,9 +278,9 @@ class Calibration:
             max(0.0, rows_us - alone_us) / 15,
         )
 
-    def _handoff_us(self, num_rows: int, task_us: float) -> float:
-        """From q, k, v on the device to their attention output on it, without the attention itself, in a chain: within
-        a lap the workers are awake."""
+    def _handoff_us(self, num_rows: int) -> float:
+        """From attention output of the worker pool to the next q, k, v in it, over the device, in a chain: within a lap
+        the workers are awake. One that is late for a while delays some of the chain."""
         config, shape = self._config, self._shape
         if not config.host_blocks:
             return self._rough.handoff_us
@@ -299,21 +299,20 @@ class Calibration:
             for _ in range(CHAINED):
                 handoff.send(qkv_TCD, attn_THD).finish()
 
-        times = []
-        for _ in range(REPEATS + 1):
+        times_ns = []
+        for _ in range(REPEATS):
             for turn in range(CHAINED):
                 handoff.arm(lap, turn % shape.num_layers)
-            completion = self._device.submit(work)
-            completion.wait()
-            times.append(completion.elapsed_us() / CHAINED)
-        return max(0.0, statistics.median(times[1:]) - task_us)
+            self._device.submit(work).wait()
+            _, start_ns, end_ns = lap.timeline()[-CHAINED:].T
+            times_ns.append(np.median(start_ns[1:] - end_ns[:-1]))
+        return float(min(times_ns)) / 1e3
 
-    def _handoff_us_per_row(self, task_us: float, us_per_row: float) -> float:
+    def _handoff_us_per_row(self) -> float:
         if not self._config.host_blocks or self._config.max_num_seqs == 1:
             return self._rough.handoff_us_per_row
         num_rows = min(64, self._config.max_num_seqs)
-        more_us = self._handoff_us(num_rows, task_us + num_rows * us_per_row) - self._handoff_us(1, task_us)
-        return max(0.0, more_us / (num_rows - 1))
+        return max(0.0, self._handoff_us(num_rows) - self._handoff_us(1)) / (num_rows - 1)
 
     def _launches_us(self) -> dict[str, float]:
         """CPU time to enqueue laps of each kind, as `CostTable` has it.
