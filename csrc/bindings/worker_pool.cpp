@@ -32,11 +32,11 @@ void inject_fault(WorkerPool& pool, const std::string& kind, int after_tasks, in
   pool.inject_fault(fault, worker, after_tasks);
 }
 
-double measure_read_bandwidth(WorkerPool& pool, int64_t num_bytes, int repeats) {
+double measure_read_bandwidth(WorkerPool& pool, uintptr_t address, int64_t num_bytes, int repeats) {
   if (num_bytes < 1) {
     throw std::invalid_argument("num_bytes is " + std::to_string(num_bytes) + "; expected at least 1");
   }
-  return read_bandwidth(pool, static_cast<size_t>(num_bytes), repeats);
+  return read_bandwidth(pool, reinterpret_cast<const std::byte*>(address), static_cast<size_t>(num_bytes), repeats);
 }
 
 }  // namespace
@@ -50,7 +50,7 @@ void bind_worker_pool(nb::module_& module) {
       .def_prop_ro("num_workers", &WorkerPool::num_workers)
       .def("error", &WorkerPool::error)
       .def("clear_error", &WorkerPool::clear_error, without_gil)
-      .def("read_bandwidth", &measure_read_bandwidth, "num_bytes"_a, "repeats"_a = 3, without_gil)
+      .def("read_bandwidth", &measure_read_bandwidth, "address"_a, "num_bytes"_a, "repeats"_a = 3, without_gil)
       .def("inject_fault", &inject_fault, "kind"_a, nb::kw_only(), "after_tasks"_a = 0, "worker"_a = -1)
       .def("close", &WorkerPool::close, without_gil);
 }

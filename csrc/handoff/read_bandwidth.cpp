@@ -7,8 +7,6 @@
 #include <limits>
 #include <stdexcept>
 
-#include "base/host_memory.h"
-
 namespace neo {
 namespace {
 
@@ -51,49 +49,42 @@ uint64_t stream(const std::byte* data, size_t num_bytes, size_t ahead) {
   return stream_words<Narrow>(data, num_bytes, ahead);
 }
 
-// Step 0 writes the memory, so that it is there and near its reader; later steps read it.
 class Streaming : public Work {
  public:
-  Streaming(size_t num_bytes, int num_workers)
-      : memory_(num_bytes, /*huge_pages=*/true, /*touch_cpus=*/{}), num_workers_(num_workers) {}
+  Streaming(const std::byte* data, size_t num_bytes, int num_workers)
+      : data_(data), share_(num_bytes / static_cast<size_t>(num_workers) / kLineBytes * kLineBytes) {}
 
   void run(int worker, int step) override {
-    const size_t share = memory_.num_bytes() / static_cast<size_t>(num_workers_) / kLineBytes * kLineBytes;
-    std::byte* first = memory_.data() + static_cast<size_t>(worker) * share;
-    if (step == 0) {
-      std::memset(first, worker + 1, share);
-    } else {
-      // Odd steps leave fetching ahead to the hardware.
-      sum_.fetch_xor(stream(first, share, step % 2 == 1 ? 0 : kAheadBytes), std::memory_order_relaxed);
-    }
+    // Even steps leave fetching ahead to the hardware.
+    const size_t ahead = step % 2 == 0 ? 0 : kAheadBytes;
+    sum_.fetch_xor(stream(data_ + static_cast<size_t>(worker) * share_, share_, ahead), std::memory_order_relaxed);
   }
 
-  void finished(int step, int64_t start_ns, int64_t end_ns) override {
-    if (step != 0) best_ns_ = std::min(best_ns_, end_ns - start_ns);
-  }
+  void finished(int, int64_t start_ns, int64_t end_ns) override { best_ns_ = std::min(best_ns_, end_ns - start_ns); }
 
   std::string name(int) const override { return "the measurement of read bandwidth"; }
 
   int64_t best_ns() const { return best_ns_; }
 
  private:
-  const HostMemory memory_;
-  const int num_workers_;
+  const std::byte* const data_;
+  const size_t share_;
   int64_t best_ns_ = std::numeric_limits<int64_t>::max();
   std::atomic<uint64_t> sum_{0};  // keeps the loads from being optimised away
 };
 
 }  // namespace
 
-double read_bandwidth(WorkerPool& pool, size_t num_bytes, int repeats) {
+double read_bandwidth(WorkerPool& pool, const std::byte* data, size_t num_bytes, int repeats) {
+  if (data == nullptr) throw std::invalid_argument("address is 0; expected the address of the memory to read");
   const size_t smallest = kLineBytes * static_cast<size_t>(pool.num_workers());
   if (num_bytes < smallest) {
     throw std::invalid_argument("num_bytes is " + std::to_string(num_bytes) + "; expected at least " +
                                 std::to_string(smallest) + ", a cache line for each worker");
   }
   if (repeats < 1) throw std::invalid_argument("repeats is " + std::to_string(repeats) + "; expected at least 1");
-  const auto streaming = std::make_shared<Streaming>(num_bytes, pool.num_workers());
-  for (int step = 0; step <= 2 * repeats; ++step) pool.run(streaming, step);
+  const auto streaming = std::make_shared<Streaming>(data, num_bytes, pool.num_workers());
+  for (int step = 0; step < 2 * repeats; ++step) pool.run(streaming, step);
   return static_cast<double>(num_bytes) / static_cast<double>(streaming->best_ns());
 }
 

@@ -7,8 +7,8 @@
 
 namespace neo {
 
-// GB/s (10^9) at which the workers together stream plain loads over `num_bytes` of fresh memory on huge pages, each
-// over its own part; the best of `repeats`. Throws std::invalid_argument, OutOfHostMemory, or the pool's error.
-double read_bandwidth(WorkerPool& pool, size_t num_bytes, int repeats);
+// GB/s (10^9) at which the workers together stream plain loads over `num_bytes` at `data`, each over its own part; the
+// best of `repeats`. Throws std::invalid_argument, or the pool's error.
+double read_bandwidth(WorkerPool& pool, const std::byte* data, size_t num_bytes, int repeats);
 
 }  // namespace neo

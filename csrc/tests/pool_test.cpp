@@ -248,6 +248,7 @@ int main() {
   test_drain();
   test_capacity();
   WorkerPool pool(some_cpus(), {});
-  CHECK(neo::read_bandwidth(pool, size_t{8} << 20, 2) > 0, "some bandwidth");
+  const std::vector<std::byte> memory(size_t{8} << 20);
+  CHECK(neo::read_bandwidth(pool, memory.data(), memory.size(), 2) > 0, "some bandwidth");
   return failed_checks == 0 ? 0 : 1;
 }

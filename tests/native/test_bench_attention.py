@@ -25,13 +25,15 @@ def test_measures_and_checks_every_instruction_set(dtype: str, tmp_path: Path) -
     sets = instruction_sets()
     run("--head-dim", "64", "--dtype", dtype, "--shapes", "3x40,1x700", "--isa", ",".join(sets), "--json", str(path))
     report = json.loads(path.read_text())
-    measured = [each for series in report["series"] for each in series["measurements"]]
+    measured = report["measurements"]
     assert [each["case"]["instruction_set"] for each in measured] == [name for name in sets for _ in range(2)]
     limit = {"bfloat16": 4e-3, "float16": 1e-3, "float32": 1e-5}[dtype]
     for each in measured:
         assert 0 <= each["error"] <= limit
         assert each["ms"] > 0
         assert each["gb_per_s"] > 0
+        assert each["read_gb_per_s"] > 0
+        assert 0.3 < each["ratio"] * each["read_gb_per_s"] / each["gb_per_s"] < 3, "of the same passes"
 
 
 def test_draws_and_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
@@ -48,6 +50,7 @@ def test_draws_and_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
         (["--dtype", "int8", "--head-dim", "64"], "--dtype is 'int8'"),
         (["--shapes", "8", "--head-dim", "64"], "--shapes has '8'"),
         (["--batch", "0", "--head-dim", "64"], "--batch is '0'"),
+        (["--shapes", "64x100000", "--head-dim", "64"], "no case's KV fits into --kv-gib 0.03"),
         ([], "go together"),
     ],
 )

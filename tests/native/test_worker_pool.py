@@ -196,7 +196,7 @@ def test_read_bandwidth_is_a_limit_and_not_a_slow_loop() -> None:
         words.sum()
         numpy_s.append(time.perf_counter() - start)
     pool = _native.WorkerPool(_native.allowed_cpus()[:1])
-    assert pool.read_bandwidth(words.nbytes, repeats=5) > 0.6 * words.nbytes / min(numpy_s) / 1e9
+    assert pool.read_bandwidth(words.ctypes.data, words.nbytes, repeats=5) > 0.6 * words.nbytes / min(numpy_s) / 1e9
     pool.close()
 
 

@@ -10,8 +10,9 @@ P tokens per block, S tokens of one sequence, X elements of one tile.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from neoserve.core.config import DTYPE_BYTES, DType
 from neoserve.core.errors import ConfigError, HostAttentionError
 from neoserve.kernels.host_attention import from_host_layout, host_attention
 
-_PASSES = 6  # over all laps; the fastest counts, as among the six of a measurement of the read bandwidth
+_PASSES = 7  # over all laps, each right after the same threads have streamed the same memory; the median counts
 _MOST_LAYERS = 32
 _MOST_ARMED = 2048
 _TIMEOUT_S = 120.0
@@ -68,25 +69,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a layer took. `error`: norm of the difference from float64 over the norm, on some rows and heads."""
+    """What a layer took, and how much of the read bandwidth it reached.
+
+    The machine may be shared, and its bandwidth drift, so each pass is held against a streaming read just before it.
+    All of these are medians over the passes, `ratio` that of the passes' ratios. `error`: norm of the difference from
+    float64 over the norm, on some rows and heads.
+    """
 
     case: Case
     ms: float
     gb_per_s: float
+    read_gb_per_s: float
+    ratio: float
     error: float
     torch_ms: float | None
-
-
-@dataclass(frozen=True)
-class Series:
-    """Cases measured one after the other, and the best read bandwidth of the same threads just before and after."""
-
-    read_gb_per_s: float
-    measurements: tuple[Measurement, ...]
-
-    def ratio(self, measurement: Measurement) -> float:
-        """Share of the read bandwidth that attention reached."""
-        return measurement.gb_per_s / self.read_gb_per_s
 
 
 class AttentionBench:
@@ -120,14 +116,8 @@ class AttentionBench:
         """Whether the KV of one layer of a lap fits into the memory."""
         return case.lap_bytes <= self._kv_bytes
 
-    def measure_series(self, cases: Iterable[Case], *, with_torch: bool = False) -> Series:
-        """Each case, and how fast the same threads stream plain loads over as much memory of the same kind."""
-        before = self._pool.read_bandwidth(self._kv_bytes)
-        measurements = tuple(self.measure(case, with_torch=with_torch) for case in cases)
-        return Series(max(before, self._pool.read_bandwidth(self._kv_bytes)), measurements)
-
     def measure(self, case: Case, *, with_torch: bool = False) -> Measurement:
-        """Time, bandwidth and error of one case, its block tables shuffled over the whole memory.
+        """One case, its block tables shuffled over the whole memory.
 
         Raises ConfigError if the case does not fit, HostAttentionError if a worker fails.
         """
@@ -139,11 +129,18 @@ class AttentionBench:
         self._fill(case.dtype)
         problem = _Problem(case, self._pool, self._kv(case), self._random)
         laps = problem.plan()
-        seconds = min(self._run(problem, laps) for _ in range(_PASSES))
+        lap_bytes = sum(lap.kv_bytes for lap in laps) * problem.num_layers
+        reads, rates = [], []
+        for _ in range(_PASSES):
+            reads.append(self._pool.read_bandwidth(self._memory.address, self._kv_bytes, repeats=1))
+            rates.append(lap_bytes / self._run(problem, laps) / 1e9)
+        gb_per_s = median(rates)
         return Measurement(
             case=case,
-            ms=seconds / (len(laps) * problem.num_layers) * 1e3,
-            gb_per_s=sum(lap.kv_bytes for lap in laps) * problem.num_layers / seconds / 1e9,
+            ms=lap_bytes / (len(laps) * problem.num_layers) / gb_per_s / 1e6,
+            gb_per_s=gb_per_s,
+            read_gb_per_s=median(reads),
+            ratio=median(rate / read for rate, read in zip(rates, reads, strict=True)),
             error=problem.error(),
             torch_ms=self._torch_ms(case) if with_torch else None,
         )

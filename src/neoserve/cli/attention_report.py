@@ -9,31 +9,27 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from statistics import median
 
 import neoserve
-from neoserve.cli.attention_measurement import Measurement, Series
+from neoserve.cli.attention_measurement import Measurement
 
 _COLUMNS = ("heads", "batch", "tokens", "set", "ms", "GB/s", "read GB/s", "ratio", "error", "torch ms")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one run measured: a series for each model and instruction set."""
+    """What one run measured."""
 
     command: str
     num_threads: int
     kv_gib: float
-    series: tuple[Series, ...]
+    measurements: tuple[Measurement, ...]
 
     @property
     def read_gb_per_s(self) -> float:
-        """The best read bandwidth of the run."""
-        return max(series.read_gb_per_s for series in self.series)
-
-    @property
-    def measurements(self) -> tuple[Measurement, ...]:
-        """Of all series."""
-        return tuple(each for series in self.series for each in series.measurements)
+        """The read bandwidth over the run, its median."""
+        return median(each.read_gb_per_s for each in self.measurements)
 
 
 def markdown(report: Report) -> str:
@@ -43,16 +39,15 @@ def markdown(report: Report) -> str:
         "",
         f"- {_cpu_name()}, {report.num_threads} threads, Linux {platform.release()}",
         f"- command: `{report.command}`",
-        f'- block tables shuffled over {report.kv_gib:g} GiB; "read" is how fast the same threads stream such memory',
+        f'- block tables shuffled over {report.kv_gib:g} GiB; "read": what the same threads stream of it, pass by pass',
         "",
         "| " + " | ".join(_COLUMNS) + " |",
         "| " + " | ".join("---" if i in (0, 3) else "---:" for i in range(len(_COLUMNS))) + " |",
     ]
-    rows = (_cells(series, each) for series in report.series for each in series.measurements)
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+    return "\n".join(lines + [f"| {' | '.join(_cells(each))} |" for each in report.measurements])
 
 
-def _cells(series: Series, measurement: Measurement) -> list[str]:
+def _cells(measurement: Measurement) -> list[str]:
     case = measurement.case
     return [
         case.heads.name,
@@ -61,8 +56,8 @@ def _cells(series: Series, measurement: Measurement) -> list[str]:
         f"{case.instruction_set} {case.dtype} {case.block_size}",
         f"{measurement.ms:.3f}",
         f"{measurement.gb_per_s:.1f}",
-        f"{series.read_gb_per_s:.1f}",
-        f"{series.ratio(measurement):.2f}",
+        f"{measurement.read_gb_per_s:.1f}",
+        f"{measurement.ratio:.2f}",
         f"{measurement.error:.1e}",
         "" if measurement.torch_ms is None else f"{measurement.torch_ms:.3f}",
     ]

@@ -10,7 +10,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from neoserve.cli.attention_measurement import AttentionBench, Case, HeadShape, Series
+from neoserve.cli.attention_measurement import AttentionBench, Case, HeadShape, Measurement
 from neoserve.cli.attention_report import Report, command_line, markdown, plot, write_json
 from neoserve.core.config import DType
 from neoserve.core.errors import ConfigError
@@ -58,14 +58,17 @@ def attention(
         raise ConfigError(f"--threads is {threads}; expected 1 to {len(cpus)}, the CPUs of this process")
     sizes = list(_sizes(shapes, batch, lengths))
     instruction_sets = isa.split(",") if isa else [default_instruction_set()]
-    series: list[Series] = []
+    measurements: list[Measurement] = []
     with AttentionBench(cpus[:threads], int(kv_gib * 2**30)) as bench:
         for name, heads in product(instruction_sets, _head_shapes(preset, query_heads, kv_heads, head_dim)):
             print(f"{heads.name} {name} ...", file=sys.stderr)
             cases = (Case(heads, cast(DType, dtype), block_size, *size, name) for size in sizes)
             fitting = [case for case in cases if bench.fits(case)]
-            series.append(bench.measure_series(fitting, with_torch=torch and name == instruction_sets[0]))
-    report = Report(command_line(), threads or len(cpus), kv_gib, tuple(series))
+            with_torch = torch and name == instruction_sets[0]
+            measurements += [bench.measure(case, with_torch=with_torch) for case in fitting]
+    if not measurements:
+        raise ConfigError(f"no case's KV fits into --kv-gib {kv_gib:g}; choose a larger one, or smaller --shapes")
+    report = Report(command_line(), threads or len(cpus), kv_gib, tuple(measurements))
     print(markdown(report))
     if json:
         write_json(report, json)

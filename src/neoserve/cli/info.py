@@ -50,11 +50,12 @@ def _machine() -> Iterator[Line]:
 
 
 def _read_gb_per_s(cpus: list[int]) -> float:
-    from neoserve._native import WorkerPool
+    from neoserve._native import HostMemory, WorkerPool
 
     pool = WorkerPool(cpus)
     try:
-        return pool.read_bandwidth(min(_BANDWIDTH_BYTES, psutil.virtual_memory().available // 4))
+        memory = HostMemory(min(_BANDWIDTH_BYTES, psutil.virtual_memory().available // 4), touch_cpus=cpus)
+        return pool.read_bandwidth(memory.address, memory.num_bytes)
     finally:
         pool.close()
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from neoserve._native import HostMemory, WorkerPool
 from neoserve.core.config import DTYPE_BYTES, ResolvedConfig
 from neoserve.device.base import Device
 from neoserve.engine.core import EngineCore
 from neoserve.engine.telemetry import Iteration, Part
 
-# Far more than the caches hold.
+# Far more than the caches hold, of the device and of the host.
 _READ_BYTES = {"cuda": 2**29, "cpu": 2**27}
+_HOST_READ_BYTES = {"cuda": 2**31, "cpu": 2**27}
 _MATRIX_ROWS = {"cuda": 8192, "cpu": 512}
 _ATTEMPTS = 5
 _AT_ONCE = 4
@@ -42,8 +44,13 @@ class Ceilings:
         return cls(
             _read_gb_per_s(device, values.view(torch.float32)[: num_bytes // 4]),
             _matrix_tflop_per_s(device, values, _MATRIX_ROWS[device.torch_device.type]),
-            pool.read_bandwidth(num_bytes) if pool is not None else 0.0,
+            0.0 if pool is None else _host_read_gb_per_s(pool, core.info.config.worker_cpus, device.torch_device.type),
         )
+
+
+def _host_read_gb_per_s(pool: WorkerPool, cpus: Sequence[int], device_type: str) -> float:
+    memory = HostMemory(_HOST_READ_BYTES[device_type], touch_cpus=cpus)
+    return pool.read_bandwidth(memory.address, memory.num_bytes)
 
 
 def _best_us(device: Device, work: Callable[[], object]) -> float:
