@@ -230,8 +230,6 @@ void Lap::attend(int thread, const LayerMemory& memory) noexcept {
   Share share;
   share.lap = &state_->shape;
   share.memory = &memory;
-  share.items = state_->items_of(thread);
-  share.num_items = state_->num_items(thread);
   share.partials = static_cast<float*>(state_->partials.get());
   share.scratch = static_cast<char*>(state_->scratch.get()) + thread * state_->scratch_stride;
   share.context = &context;

@@ -14,18 +14,15 @@ struct Cut {
   int32_t num_slots;
 };
 
-// What one thread does at one layer: items of its own in the order in which it attends them, and what `claim` gives it
-// of others' when those fall behind.
+// What one thread does at one layer: the items that `claim` gives it, in that order.
 struct Share {
   const LapShape* lap;
   const LayerMemory* memory;
-  const Item* items;
-  int32_t num_items;
   float* partials;  // slots of partial_floats() each; see Item::partial
   void* scratch;    // scratch_bytes() for this thread alone, aligned to 64 bytes
 
   void* context;                        // of the two functions
-  const Item* (*claim)(void* context);  // an item to attend now, the thread's own ones first and in order, or null
+  const Item* (*claim)(void* context);  // an item to attend next, or null when there are none any more
   const Cut* (*finish)(void* context, const Item& item);  // to be told of each item; returns what to merge, or null
 };
 

@@ -133,11 +133,15 @@ void attend_item(Tiles& tiles, const Share& share, const Item& item, int group, 
     chunk.num_tokens = left < kChunk ? left : kChunk;
     chunk.num_tiles = (chunk.num_tokens + g.block_size - 1) / g.block_size;
     Element* tile = nullptr;
+    const Item* const last_claimed = stream.last_claimed();
     for (int i = 0; i < chunk.num_tiles; ++i) {
       const StreamedTile streamed = stream.next();
       chunk.tiles[i] = tile = reinterpret_cast<Element*>(streamed.address);
       chunk.near[i] = reinterpret_cast<const Element*>(streamed.near);
       chunk.ahead[i] = reinterpret_cast<const Element*>(streamed.ahead);
+    }
+    if (stream.last_claimed() != nullptr && stream.last_claimed() != last_claimed) {
+      ask_for_queries<Tiles>(share, *stream.last_claimed(), group);
     }
     if (left <= kChunk && item.stop_token == lap.lengths[item.row]) {
       const Element* key = row + (g.num_query_heads + item.kv_head) * kDim;
@@ -156,21 +160,8 @@ void attend(const Share& share) {
   const Geometry& g = share.lap->geometry;
   const int group = g.num_query_heads / g.num_kv_heads;
   Tiles tiles(share.scratch, group, g.block_size);
-  const Item* const own_last = share.items + share.num_items;
-  const auto is_own = [&](const Item* item) { return item >= share.items && item < own_last; };
-
-  const Item* item = share.claim(share.context);
-  if (is_own(item)) {
-    TileStream stream(share, item, own_last, kRowBytes, Tiles::kTokensAhead);
-    for (; is_own(item); item = share.claim(share.context)) {
-      if (is_own(item + 1)) ask_for_queries<Tiles>(share, item[1], group);
-      attend_item(tiles, share, *item, group, stream);
-    }
-  }
-  for (; item; item = share.claim(share.context)) {
-    TileStream stream(share, item, item + 1, kRowBytes, Tiles::kTokensAhead);
-    attend_item(tiles, share, *item, group, stream);
-  }
+  TileStream stream(share, kRowBytes, Tiles::kTokensAhead);
+  while (const Item* item = stream.item()) attend_item(tiles, share, *item, group, stream);
 }
 
 }  // namespace

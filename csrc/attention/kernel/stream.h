@@ -32,34 +32,36 @@ inline void prefetch_far(const void* address) {
 struct Tile {
   char* address;
   int32_t num_tokens;
+  const Item* item;  // that it belongs to
 };
 
-// The tiles of some items, in the order of attention.
+// The tiles of a share's items, in the order of attention. Each item is claimed when its first tile is wanted.
 class TileWalk {
  public:
-  TileWalk(const Share& share, const Item* first, const Item* last, int64_t tile_bytes)
-      : share_(share), item_(first), last_(last), token_(first->first_token), tile_bytes_(tile_bytes) {}
+  TileWalk(const Share& share, int64_t tile_bytes) : share_(share), tile_bytes_(tile_bytes) { claim(); }
 
   Tile next() {
-    if (item_ == last_) return {nullptr, 0};
+    if (item_ != nullptr && token_ >= item_->stop_token) claim();
+    if (item_ == nullptr) return {nullptr, 0, nullptr};
     const Geometry& g = share_.lap->geometry;
     const int32_t* blocks = share_.lap->block_ids + share_.lap->block_start[item_->row];
     const int64_t tile = static_cast<int64_t>(blocks[token_ / g.block_size]) * g.num_kv_heads + item_->kv_head;
     const int32_t left = item_->stop_token - token_;
-    if (left > g.block_size) {
-      token_ += g.block_size;
-    } else if (++item_ != last_) {
-      token_ = item_->first_token;
-    }
-    return {static_cast<char*>(share_.memory->kv) + tile * tile_bytes_, left < g.block_size ? left : g.block_size};
+    token_ += g.block_size;
+    return {static_cast<char*>(share_.memory->kv) + tile * tile_bytes_, left < g.block_size ? left : g.block_size,
+            item_};
   }
 
  private:
+  void claim() {
+    item_ = share_.claim(share_.context);
+    if (item_ != nullptr) token_ = item_->first_token;
+  }
+
   const Share& share_;
-  const Item* item_;
-  const Item* last_;
-  int32_t token_;
   int64_t tile_bytes_;
+  const Item* item_;
+  int32_t token_ = 0;
 };
 
 // A tile to attend now, one that is near, and one to ask for meanwhile: line for line, as steadily as this one is read.
@@ -69,24 +71,30 @@ struct StreamedTile {
   const char* ahead;  // `tokens_ahead` later; this tile itself where there is nothing to ask for
 };
 
+// Items are claimed ahead, too, so that the memory does not rest between two of them.
 class TileStream {
  public:
   static constexpr int kTokensNear = 64;
 
-  // `tokens_ahead`, up to 96, in whole tiles.
-  TileStream(const Share& share, const Item* first, const Item* last, int64_t row_bytes, int tokens_ahead)
+  // `tokens_ahead`, 1 to 96, in whole tiles.
+  TileStream(const Share& share, int64_t row_bytes, int tokens_ahead)
       : block_size_(share.lap->geometry.block_size),
         row_bytes_(row_bytes),
         tile_bytes_(2 * block_size_ * row_bytes),
         tiles_near_(kTokensNear / block_size_),
         tiles_ahead_((tokens_ahead + block_size_ - 1) / block_size_),
-        walk_(share, first, last, tile_bytes_) {
+        walk_(share, tile_bytes_) {
     for (int i = 0; i < tiles_ahead_; ++i) ask(upcoming_[i] = walk_.next());
   }
 
+  // The item of the next tile; null when all were attended.
+  const Item* item() const { return upcoming_[now_ % kMostTiles].item; }
+  // The item that was claimed last, or null.
+  const Item* last_claimed() const { return upcoming_[(now_ + tiles_ahead_ - 1) % kMostTiles].item; }
+
   StreamedTile next() {
     const Tile now = at(0), ahead = at(tiles_ahead_) = walk_.next();
-    const Tile near = tiles_near_ <= tiles_ahead_ ? at(tiles_near_) : Tile{nullptr, 0};
+    const Tile near = tiles_near_ <= tiles_ahead_ ? at(tiles_near_) : Tile{nullptr, 0, nullptr};
     ++now_;
     StreamedTile streamed{now.address, is_full(near) ? near.address : nullptr, ahead.address};
     if (!is_full(now) || !is_full(ahead)) {
