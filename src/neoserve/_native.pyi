@@ -71,7 +71,7 @@ class WorkerPool:
         within the deadline, or when the pool is closed."""
     def read_bandwidth(self, address: int, num_bytes: int, repeats: int = 3) -> float:
         """GB/s (10^9) at which the workers stream plain loads over this memory, each over its own part; the best of
-        `repeats`."""
+        `repeats`. The memory must live until this returns, and after an error until `close` has."""
     def inject_fault(self, kind: str, *, after_tasks: int = 0, worker: int = -1) -> None:
         """For tests of what happens then: worker `worker` (negative: from the last) will "throw", "die" (its thread
         ends) or "stall" until the deadline passes, at the task after the next `after_tasks` ones."""

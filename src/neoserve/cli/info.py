@@ -50,12 +50,12 @@ def _machine() -> Iterator[Line]:
 
 
 def _read_gb_per_s(cpus: list[int]) -> float:
-    from neoserve._native import HostMemory, WorkerPool
+    from neoserve._native import WorkerPool
+    from neoserve.cli.load.limits import host_read_gb_per_s
 
     pool = WorkerPool(cpus)
     try:
-        memory = HostMemory(min(_BANDWIDTH_BYTES, psutil.virtual_memory().available // 4), touch_cpus=cpus)
-        return pool.read_bandwidth(memory.address, memory.num_bytes)
+        return host_read_gb_per_s(pool, cpus, _BANDWIDTH_BYTES)
     finally:
         pool.close()
 

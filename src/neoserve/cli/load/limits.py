@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from neoserve._native import HostMemory, WorkerPool
@@ -44,12 +45,15 @@ class Ceilings:
         return cls(
             _read_gb_per_s(device, values.view(torch.float32)[: num_bytes // 4]),
             _matrix_tflop_per_s(device, values, _MATRIX_ROWS[device.torch_device.type]),
-            0.0 if pool is None else _host_read_gb_per_s(pool, core.info.config.worker_cpus, device.torch_device.type),
+            host_read_gb_per_s(pool, core.info.config.worker_cpus, _HOST_READ_BYTES[device.torch_device.type])
+            if pool is not None
+            else 0.0,
         )
 
 
-def _host_read_gb_per_s(pool: WorkerPool, cpus: Sequence[int], device_type: str) -> float:
-    memory = HostMemory(_HOST_READ_BYTES[device_type], touch_cpus=cpus)
+def host_read_gb_per_s(pool: WorkerPool, cpus: Sequence[int], num_bytes: int) -> float:
+    """How fast the workers, on `cpus`, stream so much memory, or a quarter of what is available if that is less."""
+    memory = HostMemory(min(num_bytes, psutil.virtual_memory().available // 4), touch_cpus=cpus)
     return pool.read_bandwidth(memory.address, memory.num_bytes)
 
 
