@@ -45,6 +45,12 @@ def test_costs_are_measured_anew_when_the_code_has_changed(
     assert {path: third[path] for path in first} == first
 
 
+def measured_costs(tiny: Tiny, cache: Path) -> CostTable:
+    with engine(tiny.path, offload="all", host_memory_bytes=2**20, max_num_batched_tokens=32):
+        [path] = cache.glob("costs-*.json")
+        return CostTable.from_json(path.read_text())
+
+
 def test_a_worker_that_is_late_for_a_while_does_not_make_host_rows_dear(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,10 +65,7 @@ def test_a_worker_that_is_late_for_a_while_does_not_make_host_rows_dear(
         return attend_us(self, num_rows, length) + late_us * (len(seen) <= calibrate.REPEATS)
 
     monkeypatch.setattr(calibrate.Calibration, "_host_us", late_at_first)
-    with engine(tiny.path, offload="all", host_memory_bytes=2**20, max_num_batched_tokens=32):
-        pass
-    [path] = tmp_path.glob("costs-*.json")
-    table = CostTable.from_json(path.read_text())
+    table = measured_costs(tiny, tmp_path)
     assert len(set(seen)) == 3
     assert max(table.host_task_us, table.host_us_per_row, table.host_us_per_token) < late_us / 100
 
@@ -83,9 +86,6 @@ def test_a_hand_off_that_is_late_does_not_make_the_others_dear(
         return send(self, qkv_TCD, out_THD)
 
     monkeypatch.setattr(HandOff, "send", late_now_and_then)
-    with engine(tiny.path, offload="all", host_memory_bytes=2**20, max_num_batched_tokens=32):
-        pass
-    [path] = tmp_path.glob("costs-*.json")
-    table = CostTable.from_json(path.read_text())
+    table = measured_costs(tiny, tmp_path)
     assert num_sent
     assert max(table.handoff_us, table.handoff_us_per_row) < late_s * 1e6 / 10

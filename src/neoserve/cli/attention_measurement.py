@@ -129,15 +129,15 @@ class AttentionBench:
         self._fill(case.dtype)
         problem = _Problem(case, self._pool, self._kv(case), self._random)
         laps = problem.plan()
-        lap_bytes = sum(lap.kv_bytes for lap in laps) * problem.num_layers
+        pass_bytes = sum(lap.kv_bytes for lap in laps) * problem.num_layers
         reads, rates = [], []
         for _ in range(_PASSES):
             reads.append(self._pool.read_bandwidth(self._memory.address, self._kv_bytes, repeats=1))
-            rates.append(lap_bytes / self._run(problem, laps) / 1e9)
+            rates.append(pass_bytes / self._run(problem, laps) / 1e9)
         gb_per_s = median(rates)
         return Measurement(
             case=case,
-            ms=lap_bytes / (len(laps) * problem.num_layers) / gb_per_s / 1e6,
+            ms=pass_bytes / (len(laps) * problem.num_layers) / gb_per_s / 1e6,
             gb_per_s=gb_per_s,
             read_gb_per_s=median(reads),
             ratio=median(rate / read for rate, read in zip(rates, reads, strict=True)),

@@ -63,9 +63,8 @@ def attention(
         for name, heads in product(instruction_sets, _head_shapes(preset, query_heads, kv_heads, head_dim)):
             print(f"{heads.name} {name} ...", file=sys.stderr)
             cases = (Case(heads, cast(DType, dtype), block_size, *size, name) for size in sizes)
-            fitting = [case for case in cases if bench.fits(case)]
             with_torch = torch and name == instruction_sets[0]
-            measurements += [bench.measure(case, with_torch=with_torch) for case in fitting]
+            measurements += [bench.measure(case, with_torch=with_torch) for case in cases if bench.fits(case)]
     if not measurements:
         raise ConfigError(f"no case's KV fits into --kv-gib {kv_gib:g}; choose a larger one, or smaller --shapes")
     report = Report(command_line(), threads or len(cpus), kv_gib, tuple(measurements))

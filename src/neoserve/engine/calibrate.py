@@ -106,6 +106,7 @@ class Calibration:
         decode_us, us_per_token = self._device_decode()
         prefill_us, us_per_pair = self._prefill()
         task_us, host_us_per_token, us_per_row = self._host_attention()
+        handoff_us, handoff_us_per_row = self._handoff()
         return CostTable(
             linear=self._curve(self._linear_us, self._config.max_num_batched_tokens),
             head=self._curve(self._head_us, self._config.max_num_seqs),
@@ -117,8 +118,8 @@ class Calibration:
             host_task_us=task_us,
             host_us_per_token=host_us_per_token,
             host_us_per_row=us_per_row,
-            handoff_us=self._handoff_us(1),
-            handoff_us_per_row=self._handoff_us_per_row(),
+            handoff_us=handoff_us,
+            handoff_us_per_row=handoff_us_per_row,
             **self._launches_us(),
             migration_us_per_token=self._migration_us_per_token(),
             recorded_rows=self._executor.recorded_rows,
@@ -278,12 +279,20 @@ class Calibration:
             max(0.0, rows_us - alone_us) / 15,
         )
 
+    def _handoff(self) -> tuple[float, float]:
+        """Cost of a hand-off, and of each row beyond its first."""
+        rough = self._rough
+        if not self._config.host_blocks:
+            return rough.handoff_us, rough.handoff_us_per_row
+        alone_us, num_rows = self._handoff_us(1), min(64, self._config.max_num_seqs)
+        if num_rows == 1:
+            return alone_us, rough.handoff_us_per_row
+        return alone_us, max(0.0, self._handoff_us(num_rows) - alone_us) / (num_rows - 1)
+
     def _handoff_us(self, num_rows: int) -> float:
         """From attention output of the worker pool to the next q, k, v in it, over the device, in a chain: within a lap
         the workers are awake. One that is late for a while delays some of the chain."""
         config, shape = self._config, self._shape
-        if not config.host_blocks:
-            return self._rough.handoff_us
         handoff = self._executor.handoffs[0]
         rows = tuple(
             Rows(
@@ -307,12 +316,6 @@ class Calibration:
             _, start_ns, end_ns = lap.timeline()[-CHAINED:].T
             times_ns.append(np.median(start_ns[1:] - end_ns[:-1]))
         return float(min(times_ns)) / 1e3
-
-    def _handoff_us_per_row(self) -> float:
-        if not self._config.host_blocks or self._config.max_num_seqs == 1:
-            return self._rough.handoff_us_per_row
-        num_rows = min(64, self._config.max_num_seqs)
-        return max(0.0, self._handoff_us(num_rows) - self._handoff_us(1)) / (num_rows - 1)
 
     def _launches_us(self) -> dict[str, float]:
         """CPU time to enqueue laps of each kind, as `CostTable` has it.
