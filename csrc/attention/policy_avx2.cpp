@@ -78,9 +78,10 @@ struct Avx2 {
     second = load(at + kWidth);
   }
 
-  // dots[head][token], a score each once its lanes are added up.
+  // dots[head][token], a score each once its lanes are added up. Inlined with all that it calls: else the dots lie in
+  // memory, where each prefetch, which might read them, wants the latest.
   template <int kHeads>
-  static void store_sums(const Vec* dots, float* at, int stride) {
+  [[gnu::always_inline]] static void store_sums(const Vec* dots, float* at, int stride) {
     const Vec a = add_quarters(add_halves(dots[0], dots[1]), add_halves(dots[2], dots[3]));
     const Vec b = add_quarters(add_halves(dots[4], dots[5]), add_halves(dots[6], dots[7]));
     const Vec sums = _mm256_add_ps(_mm256_blend_ps(a, b, 0xf0), _mm256_permute2f128_ps(a, b, 0x21));
@@ -101,11 +102,11 @@ struct Avx2 {
 
  private:
   // Each 128-bit lane: two sums of two floats of `a`, then two of `b`.
-  static Vec add_halves(Vec a, Vec b) {
+  [[gnu::always_inline]] static Vec add_halves(Vec a, Vec b) {
     return _mm256_add_ps(_mm256_blend_ps(a, b, 0xcc), _mm256_shuffle_ps(a, b, 0x4e));
   }
   // Each 128-bit lane: the sums of the two pairs of `a`, then of `b`.
-  static Vec add_quarters(Vec a, Vec b) {
+  [[gnu::always_inline]] static Vec add_quarters(Vec a, Vec b) {
     return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
   }
 };

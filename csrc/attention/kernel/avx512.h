@@ -81,9 +81,10 @@ struct Avx512 {
     return _mm512_maskz_loadu_epi16((1u << (kCount % 32)) - 1, at);
   }
 
-  // dots[head][token], a score each once its lanes are added up.
+  // dots[head][token], a score each once its lanes are added up. Inlined with all that it calls: else the dots lie in
+  // memory, where each prefetch, which might read them, wants the latest.
   template <int kHeads>
-  static void store_sums(const Vec* dots, float* at, int stride) {
+  [[gnu::always_inline]] static void store_sums(const Vec* dots, float* at, int stride) {
     const Vec low = add_halves(add_quarters(dots), add_quarters(dots + 4));
     const Vec high = add_halves(add_quarters(dots + 8), add_quarters(dots + 12));
     const Vec sums = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
@@ -108,12 +109,12 @@ struct Avx512 {
 
  private:
   // Two tokens' scores of two heads.
-  static void store_two_heads(__m128 scores, float* at, int stride) {
+  [[gnu::always_inline]] static void store_two_heads(__m128 scores, float* at, int stride) {
     _mm_storel_pi(reinterpret_cast<__m64*>(at), scores);
     _mm_storeh_pi(reinterpret_cast<__m64*>(at + stride), scores);
   }
   // Each 128-bit lane: the lane's sum of each of four vectors.
-  static Vec add_quarters(const Vec* x) {
+  [[gnu::always_inline]] static Vec add_quarters(const Vec* x) {
     const Vec a = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
     const Vec b = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
     const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b));
@@ -121,7 +122,7 @@ struct Avx512 {
     return _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
   }
   // Two lanes of `a`, its lanes added to half as many, then two of `b`.
-  static Vec add_halves(Vec a, Vec b) {
+  [[gnu::always_inline]] static Vec add_halves(Vec a, Vec b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
   }
 };

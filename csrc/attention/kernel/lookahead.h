@@ -31,34 +31,44 @@ class Lookahead {
   // While bytes [first, first + kBytes) of the chunk are read.
   template <unsigned kBytes>
   void ask_beside(unsigned first) const {
-    if constexpr (kBytes % kCacheLine == 0) {
-#pragma GCC unroll 16
-      for (unsigned i = 0; i < kBytes / kCacheLine; ++i) ask(first / kCacheLine + i);
+    if constexpr (kBytes % kTurn == 0) {
+#pragma GCC unroll 4
+      for (unsigned at = 0; at < kBytes; at += kTurn) ask<kParts>(first + at);
+    } else if constexpr (kBytes % kCacheLine == 0 && kTurn % kBytes == 0) {
+      ask<kBytes / kCacheLine>(first);
     } else {
-      for (unsigned line = first / kCacheLine; line < (first + kBytes) / kCacheLine; ++line) ask(line);
+      for (unsigned line = first / kCacheLine; line < (first + kBytes) / kCacheLine; ++line) ask<1>(line * kCacheLine);
     }
   }
 
   // `bytes`, if steps of kStep count them: tells the compiler, where that is so, whose turn it is.
   template <unsigned kStep>
   static unsigned in_turns(unsigned bytes) {
-    constexpr unsigned kTurn = kParts * kCacheLine;
     return kStep % kTurn == 0 ? bytes / kTurn * kTurn : bytes;
   }
 
  private:
   static constexpr int kParts = 2 * kChunk / kSmallestBlock;
   static constexpr unsigned kPartBytes = kSmallestBlock * kDim * sizeof(Element);
-  static constexpr unsigned kLines = kPartBytes / kCacheLine;
+  static constexpr unsigned kTurn = kParts * kCacheLine;
 
-  void ask(unsigned line) const {
-    const unsigned part = line % kParts;
-    const uint64_t place = (line / kParts + 2 * part) % kLines;
-    if constexpr (kIntoBothCaches) {
-      prefetch_far(parts_[part] + place * kCacheLine);
-      prefetch(near_[line / kLines] + line % kLines * kCacheLine);
-    } else {
-      prefetch(parts_[part] + place * kCacheLine);
+  // The lines whose turn it is while kCount lines from byte `first` of the chunk on are read. These are of one turn, so
+  // that few instructions find them: each is one that a product cannot have.
+  template <unsigned kCount>
+  void ask(unsigned first) const {
+    first = first / (kCount * kCacheLine) * (kCount * kCacheLine);  // it is not where a chunk is not full
+    const uint64_t part = first / kCacheLine % kParts;
+    const uint64_t place = first / kTurn * kCacheLine;
+    [[maybe_unused]] const char* near = kIntoBothCaches ? near_[first / kPartBytes] + first % kPartBytes : nullptr;
+#pragma GCC unroll 8
+    for (unsigned i = 0; i < kCount; ++i) {
+      const char* ahead = parts_[part + i] + (place + 2 * (part + i) * kCacheLine) % kPartBytes;
+      if constexpr (kIntoBothCaches) {
+        prefetch_far(ahead);
+        prefetch(near + i * kCacheLine);
+      } else {
+        prefetch(ahead);
+      }
     }
   }
 
