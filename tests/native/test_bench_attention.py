@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot
 from typer.testing import CliRunner
 
 import neoserve.cli.main as cli
 from neoserve._native import instruction_sets
+from neoserve.cli.attention_measurement import Case, HeadShape, Measurement
+from neoserve.cli.attention_report import Report, plot
 from neoserve.core.errors import ConfigError
 
 SMALL = ["bench", "attention", "--threads", "1", "--kv-gib", "0.03", "--query-heads", "4", "--kv-heads", "2"]
@@ -42,6 +45,13 @@ def test_draws_and_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
     assert "| 2 | 100 |" in output
     assert "| 64 | 100000 |" not in output
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_holds_what_is_faster_than_streaming(tmp_path: Path) -> None:
+    case = Case(HeadShape("4/2/64", 4, 2, 64), "bfloat16", 16, batch=2, length=100, instruction_set="portable")
+    fast = Measurement(case, ms=1.0, gb_per_s=150.0, read_gb_per_s=100.0, ratio=1.5, error=0.0, torch_ms=None)
+    plot(Report("neo bench attention", 1, 1.0, (fast,)), tmp_path / "attention.png")
+    assert pyplot.gca().get_ylim()[1] > fast.gb_per_s
 
 
 @pytest.mark.parametrize(
