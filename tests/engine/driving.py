@@ -10,15 +10,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from neoserve.core.config import EngineConfig
+from neoserve.core.config import DType, EngineConfig
 from neoserve.core.request import Request, SamplingParams, TokenEvent
 from neoserve.engine.core import EngineCore
 from tests.families import reference_logits, rounded_logits
 
 DEVICE = os.environ.get("NEO_TEST_DEVICE", "reference")
-"""Where the engine tests run: "reference", in float32, or "cuda", in bfloat16."""
+"""Where the engine tests run: "reference", in float32, or "cuda", in bfloat16 or what that GPU has instead."""
 ON_GPU = DEVICE == "cuda"
-DTYPE = "bfloat16" if ON_GPU else "float32"
+DTYPE: DType = "float32"
+if ON_GPU:
+    from neoserve.device.cuda import usable_dtype
+
+    DTYPE = usable_dtype("bfloat16")
 ROUNDING = 6.0
 """How far below the likeliest token a greedy one may be where the engine rounds to bfloat16: in root mean square errors
 of transformers' logits in bfloat16. Its own greedy tokens are up to 5.5 below, random ones 20 to 100."""
