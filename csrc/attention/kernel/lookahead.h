@@ -2,6 +2,8 @@
 // includes it.
 #pragma once
 
+#include <numeric>
+
 #include "attention/kernel/attend.h"
 
 namespace neo {
@@ -31,11 +33,10 @@ class Lookahead {
   // While bytes [first, first + kBytes) of the chunk are read.
   template <unsigned kBytes>
   void ask_beside(unsigned first) const {
-    if constexpr (kBytes % kTurn == 0) {
-#pragma GCC unroll 4
-      for (unsigned at = 0; at < kBytes; at += kTurn) ask<kParts>(first + at);
-    } else if constexpr (kBytes % kCacheLine == 0 && kTurn % kBytes == 0) {
-      ask<kBytes / kCacheLine>(first);
+    if constexpr (kBytes % kCacheLine == 0) {
+      constexpr unsigned kTogether = std::gcd(kBytes, kTurn);
+#pragma GCC unroll 16
+      for (unsigned at = 0; at < kBytes; at += kTogether) ask<kTogether / kCacheLine>(first + at);
     } else {
       for (unsigned line = first / kCacheLine; line < (first + kBytes) / kCacheLine; ++line) ask<1>(line * kCacheLine);
     }
