@@ -16,8 +16,8 @@ namespace neo {
 class WorkerPool {
  public:
   struct Options {
-    double spin_us = 200;  // how long who waits spins before it sleeps
-    double nap_us = 30;    // how often a sleeper looks at an armed task's ready flag; raised by a device, it wakes none
+    double spin_us = 5000;  // how long who waits spins before it sleeps; a GPU is at layers in between for less
+    double nap_us = 30;  // how often a sleeper looks at an armed task's ready flag; raised by a device, it wakes none
     double deadline_s = 30;  // the longest from a task's ready flag to done
   };
 

@@ -59,7 +59,7 @@ class WorkerPool:
     """
 
     def __init__(
-        self, cpus: Sequence[int], *, spin_us: float = 200.0, nap_us: float = 30.0, deadline_s: float = 30.0
+        self, cpus: Sequence[int], *, spin_us: float = 5000.0, nap_us: float = 30.0, deadline_s: float = 30.0
     ) -> None: ...
     @property
     def num_workers(self) -> int: ...

@@ -89,7 +89,7 @@ class AttentionBench:
     """A worker pool and KV memory far larger than the caches, over which cases rotate. Use as a context manager."""
 
     def __init__(self, cpus: Sequence[int], kv_bytes: int) -> None:
-        self._pool = WorkerPool(cpus, spin_us=1000.0)
+        self._pool = WorkerPool(cpus)
         self._kv_bytes = kv_bytes
         self._memory = HostMemory(kv_bytes, touch_cpus=cpus)
         self._flags = HostMemory(2 * _CACHE_LINE_BYTES)
