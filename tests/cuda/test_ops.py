@@ -218,7 +218,7 @@ def test_blocks_reach_the_host_in_its_layout_and_come_back(heads: tuple[int, int
     host = torch.zeros(num_layers, 50, kv[0, 0].numel(), dtype=torch.float16, pin_memory=True)
     source = torch.randperm(40, device=DEVICE)[:17]
     target = torch.randperm(50, device=DEVICE)[:17]
-    ops.blocks_to_host(kv, source, host, target)
+    ops.block_copies(kv, source, host, target, to_host=True).run(0, 0, num_layers)
     torch.cuda.synchronize()
     tiles = host[:, target.cpu()].view(num_layers, 17, num_kv_heads, 2, -1)
     moved = kv[:, source].cpu()
@@ -226,9 +226,13 @@ def test_blocks_reach_the_host_in_its_layout_and_come_back(heads: tuple[int, int
     v = tiles[:, :, :, 1].view(num_layers, 17, num_kv_heads, block_size // 2, head_dim, 2)
     assert torch.equal(v.transpose(-1, -2).reshape(moved[:, :, 1].shape), moved[:, :, 1])
     back = torch.zeros_like(kv)
-    ops.blocks_from_host(host, target, back, source)
+    copies = ops.block_copies(back, source, host, target, to_host=False)
+    copies.run(0, 0, num_layers)
     expected = torch.zeros_like(kv)
     expected[:, source] = kv[:, source]
+    assert torch.equal(back, expected)
+    copies.run(0, 2)
+    expected[0, source] = kv[2, source]
     assert torch.equal(back, expected)
 
 

@@ -144,7 +144,7 @@ def test_blocks_go_to_the_host_layout_and_back(dtype: torch.dtype) -> None:
     L, K, P, D = 2, 3, 4, 8
     kv = random(L, 6, 2, K, P, D, dtype=dtype)
     host = torch.zeros(L, 5, 2 * K * P * D, dtype=dtype)
-    OPS.blocks_to_host(kv, torch.tensor([5, 0]), host, torch.tensor([1, 4]))
+    OPS.block_copies(kv, torch.tensor([5, 0]), host, torch.tensor([1, 4]), to_host=True).run(0, 0, L)
     for source, target in ((5, 1), (0, 4)):
         for head in range(K):
             k_tile, v_tile = host[1, target].view(K, 2, P * D)[head]
@@ -159,6 +159,9 @@ def test_blocks_go_to_the_host_layout_and_back(dtype: torch.dtype) -> None:
                 assert torch.equal(v, kv[1, source, 1, head, token])
     assert not host[:, [0, 2, 3]].any()
     back = torch.zeros_like(kv)
-    OPS.blocks_from_host(host, torch.tensor([4, 1]), back, torch.tensor([2, 3]))
+    copies = OPS.block_copies(back, torch.tensor([2, 3]), host, torch.tensor([4, 1]), to_host=False)
+    copies.run(0, 0, L)
     assert torch.equal(back[:, [2, 3]], kv[:, [0, 5]])
     assert not back[:, [0, 1, 4, 5]].any()
+    copies.run(0, 1)
+    assert torch.equal(back[:, [2, 3]], kv[1:, [0, 5]].expand(L, -1, -1, -1, -1, -1))

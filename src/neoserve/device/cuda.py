@@ -66,22 +66,6 @@ class _EventMark(Mark):
 
 
 @contextmanager
-def _current(stream: torch.cuda.Stream) -> Iterator[None]:
-    """With the stream current, in inference mode. A copy of every layer of a staged prompt is enqueued so, and torch's
-    own context managers take several times as long."""
-    outer = torch.cuda.current_stream(stream.device)
-    torch.cuda.set_stream(stream)
-    try:
-        if torch.is_inference_mode_enabled():
-            yield
-        else:
-            with torch.inference_mode():
-                yield
-    finally:
-        torch.cuda.set_stream(outer)
-
-
-@contextmanager
 def _no_collection() -> Iterator[None]:
     """Without the garbage collector."""
     collects = gc.isenabled()
@@ -142,7 +126,9 @@ class CudaDevice(Device):
         self._launches = Launches.by(self._driver)
         self._compute = torch.cuda.Stream(self.torch_device, priority=-1)
         self._copies = torch.cuda.Stream(self.torch_device)
+        self._inside: torch.cuda.Stream | None = None  # the stream of the `submit` that runs
         self._forked = torch.cuda.Event()
+        self._forked.record(self._compute)  # torch makes an event when it is first recorded
         self._channels = tuple(_Channel(self.torch_device) for _ in range(_NUM_CHANNELS))
         self._registered: list[RegisteredMemory] = []
         self._flag_addresses: dict[int, int] = {}
@@ -168,8 +154,9 @@ class CudaDevice(Device):
         return self._submit(self._compute, work, timed=True)
 
     def submit_copies(self, work: Callable[[], None]) -> Completion:
-        self._forked.record(self._compute)
-        self._copies.wait_event(self._forked)
+        # By the driver, and with as little else as can be: every layer of a staged prompt has two or three of these.
+        self._driver.record_event(self._forked.cuda_event, self._compute.cuda_stream)
+        self._driver.wait_event(self._copies.cuda_stream, self._forked.cuda_event)
         submitted = self._submit(self._copies, work, timed=self.on_copy is not None)
         if self.on_copy is not None and submitted.start is not None:
             self.on_copy(Copy("tiers", None, _EventMark(submitted.start), _EventMark(submitted.end)))
@@ -219,15 +206,27 @@ class CudaDevice(Device):
         torch.cuda.synchronize(self.torch_device)
 
     def _submit(self, stream: torch.cuda.Stream, work: Callable[[], None], *, timed: bool) -> _Submitted:
+        if self._inside is None:
+            with torch.inference_mode(), torch.cuda.stream(stream):
+                return self._submit_inside(stream, work, timed=timed)
+        torch.cuda.set_stream(stream)  # torch's context manager takes several times as long
+        try:
+            return self._submit_inside(stream, work, timed=timed)
+        finally:
+            torch.cuda.set_stream(self._inside)
+
+    def _submit_inside(self, stream: torch.cuda.Stream, work: Callable[[], None], *, timed: bool) -> _Submitted:
         submitted = _Submitted(timed=timed)
-        with _current(stream):
-            if submitted.start is not None:
-                submitted.start.record(stream)
-            try:
-                work()
-            except Exception as error:  # handed to whoever waits for the work
-                submitted.error = error
-            submitted.end.record(stream)
+        outer, self._inside = self._inside, stream
+        if submitted.start is not None:
+            submitted.start.record(stream)
+        try:
+            work()
+        except Exception as error:  # handed to whoever waits for the work
+            submitted.error = error
+        finally:
+            self._inside = outer
+        submitted.end.record(stream)
         return submitted
 
     def exchange(

@@ -383,10 +383,9 @@ class Calibration:
         if num_blocks == 0:
             return self._rough.migration_us_per_token
         ids = self._made(lambda: torch.arange(num_blocks, device=self._device.torch_device))
-        copy = self._device.ops.blocks_to_host
-        return self._time_us(lambda: copy(store.device_LN2KPD, ids, store.host_LNX, ids)) / (
-            num_blocks * config.block_size
-        )
+        copies = self._device.ops.block_copies(store.device_LN2KPD, ids, store.host_LNX, ids, to_host=True)
+        num_tokens = num_blocks * config.block_size
+        return self._time_us(lambda: copies.run(0, 0, store.num_layers)) / num_tokens
 
 
 def _lap(number: int, names: Sequence[str], rows: Sequence[tuple[Tier, int]]) -> SubBatch:

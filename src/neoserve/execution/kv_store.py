@@ -17,7 +17,7 @@ import torch
 from neoserve.core.config import ResolvedConfig
 from neoserve.core.errors import HostMemoryError
 from neoserve.core.plan import Migration, Tier
-from neoserve.device.base import Completion, Device
+from neoserve.device.base import BlockCopies, Completion, Device
 from neoserve.kernels.host_attention import allocate_host_kv
 
 
@@ -45,9 +45,6 @@ class KVStore:
             (shape.num_layers, config.device_blocks + 1, *block), dtype=dtype, device=device.torch_device
         )
         self.staging_LN2KPD = torch.zeros((2, config.staging_blocks, *block), dtype=dtype, device=device.torch_device)
-        # Views of a layer of the host pool and of an area, which copies of staged prompts take at every layer.
-        self._host_1NX = self.host_LNX.split(1)
-        self._areas_1N2KPD = self.staging_LN2KPD.split(1)
         self._last_copy: Completion | None = None
         self._stored: list[Completion | None] = [None] * 4  # of the latest layers, by layer modulo 4
 
@@ -69,10 +66,10 @@ class KVStore:
     def _migrate(self, migration: Migration) -> None:
         source = self._device.upload(np.asarray(migration.source_block_ids, dtype=np.int64))
         target = self._device.upload(np.asarray(migration.target_block_ids, dtype=np.int64))
-        if migration.source is Tier.DEVICE:
-            self._device.ops.blocks_to_host(self.device_LN2KPD, source, self.host_LNX, target)
-        else:
-            self._device.ops.blocks_from_host(self.host_LNX, source, self.device_LN2KPD, target)
+        to_host = migration.source is Tier.DEVICE
+        block_ids, host_block_ids = (source, target) if to_host else (target, source)
+        pools = (self.device_LN2KPD, block_ids, self.host_LNX, host_block_ids)
+        self._device.ops.block_copies(*pools, to_host=to_host).run(0, 0, self.num_layers)
 
     def staging(self, layer: int) -> torch.Tensor:
         """The staging area that `layer` uses, kv_N2KPD."""
@@ -84,17 +81,21 @@ class KVStore:
         if stored is not None:
             self._device.wait_for(stored)
 
-    def load_staging(self, layer: int, host_block_ids: torch.Tensor, staging_block_ids: torch.Tensor) -> Completion:
-        """Submit: bring one layer of earlier chunks' KV to its area."""
-        area, host = self._areas_1N2KPD[layer % 2], self._host_1NX[layer]
-        copy = self._device.ops.blocks_from_host
-        return self._device.submit_copies(lambda: copy(host, host_block_ids, area, staging_block_ids))
+    def staging_copies(
+        self, staging_block_ids: torch.Tensor, host_block_ids: torch.Tensor, *, to_host: bool
+    ) -> BlockCopies:
+        """Of blocks (int64, on the device) between the staging areas and the host pool, for the two methods below."""
+        return self._device.ops.block_copies(
+            self.staging_LN2KPD, staging_block_ids, self.host_LNX, host_block_ids, to_host=to_host
+        )
 
-    def store_staging(self, layer: int, staging_block_ids: torch.Tensor, host_block_ids: torch.Tensor) -> None:
+    def load_staging(self, layer: int, copies: BlockCopies) -> Completion:
+        """Submit: bring one layer of earlier chunks' KV to its area."""
+        return self._device.submit_copies(lambda: copies.run(layer % 2, layer))
+
+    def store_staging(self, layer: int, copies: BlockCopies) -> None:
         """Submit: take one layer of a chunk's KV from its area to the host pool."""
-        area, host = self._areas_1N2KPD[layer % 2], self._host_1NX[layer]
-        copy = self._device.ops.blocks_to_host
-        stored = self._device.submit_copies(lambda: copy(area, staging_block_ids, host, host_block_ids))
+        stored = self._device.submit_copies(lambda: copies.run(layer % 2, layer))
         self._last_copy = self._stored[layer % 4] = stored
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from neoserve.device.base import Completion, Device, PagedAttention
+from neoserve.device.base import Device, PagedAttention
 from neoserve.execution.inputs import StagingCopies
 from neoserve.execution.kv_store import KVStore
 
@@ -21,12 +21,11 @@ class StagedPrefill:
         self._device = device
         self._store = store
         self._attention = attention
-        self._load_host, self._load_staging, self._store_host, self._store_staging = map(
-            device.upload, (copies.load_host, copies.load_staging, copies.store_host, copies.store_staging)
-        )
-        self._loaded: Completion | None = None
-        if len(self._load_host):
-            self._load(0)
+        load = device.upload(copies.load_staging), device.upload(copies.load_host)
+        stored = device.upload(copies.store_staging), device.upload(copies.store_host)
+        self._loads = store.staging_copies(*load, to_host=False)
+        self._stores = store.staging_copies(*stored, to_host=True)
+        self._loaded = store.load_staging(0, self._loads) if len(copies.load_host) else None
 
     def attend(
         self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, out_THD: torch.Tensor
@@ -35,12 +34,9 @@ class StagedPrefill:
         if self._loaded is not None:
             self._device.wait_for(self._loaded)
             if layer + 1 < self._store.num_layers:
-                self._load(layer + 1)
+                self._loaded = self._store.load_staging(layer + 1, self._loads)
         else:
             self._store.wait_for_area(layer)
         area = self._store.staging(layer)
         self._attention.run(q_THD, k_TKD, v_TKD, area, out_THD)
-        self._store.store_staging(layer, self._store_staging, self._store_host)
-
-    def _load(self, layer: int) -> None:
-        self._loaded = self._store.load_staging(layer, self._load_host, self._load_staging)
+        self._store.store_staging(layer, self._stores)

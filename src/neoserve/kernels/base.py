@@ -56,6 +56,13 @@ class PagedAttention(Protocol):
         KV, softmax scale D**-0.5, into `out_THD`. q, k and v may be views of fused rows."""
 
 
+class BlockCopies(Protocol):
+    """Copies of the same blocks, of any layers, between memory of the device and the host pool."""
+
+    def run(self, layer: int, host_layer: int, num_layers: int = 1) -> None:
+        """Copy `num_layers` layers, those from `layer` on of the device's, those from `host_layer` on of the host's."""
+
+
 class DecodePlans(Protocol):
     """Decode plans that are made again in place, one for each number of sequences in `sizes` (growing): work that runs
     one can be recorded, and serves every later batch. A plan overwrites the one before, in stream order."""
@@ -167,17 +174,17 @@ class Ops(ABC):
         """
 
     @abstractmethod
-    def blocks_to_host(
-        self, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor
-    ) -> None:
-        """Copy blocks of some layers into the host pool, changing to its layout (csrc/attention/attention.h).
+    def block_copies(
+        self,
+        kv_LN2KPD: torch.Tensor,
+        block_ids_N: torch.Tensor,
+        host_LNX: torch.Tensor,
+        host_block_ids_N: torch.Tensor,
+        *,
+        to_host: bool,
+    ) -> BlockCopies:
+        """Copies of blocks to the host pool, or from it, changing the layout (csrc/attention/attention.h).
 
         block_ids_N, host_block_ids_N: int64, on the device, of one length; they index dimension 1 of the two pools.
-        host_LNX: the same layers of the host pool, X = 2KPD values a block.
+        host_LNX: the host pool, X = 2KPD values a block.
         """
-
-    @abstractmethod
-    def blocks_from_host(
-        self, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor
-    ) -> None:
-        """The way back of `blocks_to_host`."""

@@ -20,12 +20,14 @@ from neoserve.kernels.launcher import Launcher
 _NUM_PROGRAMS = 16
 
 
-@triton.jit(do_not_specialize=["num_tasks", "num_blocks"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["first_layer", "first_host_layer", "num_tasks", "num_blocks"])  # type: ignore[untyped-decorator]
 def _copy_blocks(  # type: ignore[no-untyped-def]
     kv_ptr,
     host_ptr,
     block_ids_ptr,
     host_block_ids_ptr,
+    first_layer,
+    first_host_layer,
     num_tasks,
     num_blocks,
     kv_layer_stride: tl.int64,
@@ -45,12 +47,14 @@ def _copy_blocks(  # type: ignore[no-untyped-def]
     for task in range(tl.program_id(0), num_tasks, tl.num_programs(0)):
         head = task % K
         index = (task // K) % num_blocks
-        layer = (task // (K * num_blocks)).to(tl.int64)
+        layer = task // (K * num_blocks)
+        kv_layer = (first_layer + layer).to(tl.int64)
+        host_layer = (first_host_layer + layer).to(tl.int64)
         block = tl.load(block_ids_ptr + index)
         host_block = tl.load(host_block_ids_ptr + index)
-        k_tile = kv_ptr + layer * kv_layer_stride + block * kv_block_stride + head * tile
+        k_tile = kv_ptr + kv_layer * kv_layer_stride + block * kv_block_stride + head * tile
         v_tile = k_tile + K * tile
-        host_k_tile = host_ptr + layer * host_layer_stride + host_block * host_block_stride + head * 2 * tile
+        host_k_tile = host_ptr + host_layer * host_layer_stride + host_block * host_block_stride + head * 2 * tile
         host_v_words = (host_k_tile + tile).to(tl.pointer_type(tl.int32)) + pair * D + lane
         even_tokens = v_tile + 2 * pair * D + lane
         if TO_HOST:
@@ -67,37 +71,40 @@ def _copy_blocks(  # type: ignore[no-untyped-def]
             tl.store(even_tokens + D, (words >> 16).to(tl.int16))
 
 
-_launch = Launcher(_copy_blocks, num_warps=4)
+_launcher = Launcher(_copy_blocks, num_warps=4)
 
 
-def copy_blocks(
-    kv_LN2KPD: torch.Tensor,
-    block_ids_N: torch.Tensor,
-    host_LNX: torch.Tensor,
-    host_block_ids_N: torch.Tensor,
-    *,
-    to_host: bool,
-) -> None:
-    """Enqueue the copy of blocks of all layers given, one way or the other, on the current stream.
+class BlockCopies:
+    """`kernels.base.BlockCopies`: what all layers have in common is looked up once, as prompts of the host tier copy at
+    every layer.
 
-    block_ids_N, host_block_ids_N: int64 on the device. host_LNX: a CPU tensor over memory registered with the device.
+    host_LNX: a CPU tensor over memory registered with the device.
     """
-    num_layers, _, _, num_heads, block_size, head_dim = kv_LN2KPD.shape
-    num_blocks = block_ids_N.numel()
-    num_tasks = num_layers * num_blocks * num_heads
-    if num_tasks == 0:
-        return
-    _launch(
-        (min(_NUM_PROGRAMS, num_tasks), 1, 1),
-        kv_LN2KPD.view(torch.int16),
-        host_LNX.view(torch.int16),
-        block_ids_N,
-        host_block_ids_N,
-        num_tasks,
-        num_blocks,
-        kv_LN2KPD.stride(0),
-        kv_LN2KPD.stride(1),
-        host_LNX.stride(0),
-        host_LNX.stride(1),
-        constants=(num_heads, block_size, head_dim, to_host),
-    )
+
+    def __init__(
+        self,
+        kv_LN2KPD: torch.Tensor,
+        block_ids_N: torch.Tensor,
+        host_LNX: torch.Tensor,
+        host_block_ids_N: torch.Tensor,
+        *,
+        to_host: bool,
+    ) -> None:
+        num_heads, block_size, head_dim = kv_LN2KPD.shape[3:]
+        self._num_blocks = block_ids_N.numel()
+        self._num_tasks = self._num_blocks * num_heads
+        self._pools = kv_LN2KPD.view(torch.int16), host_LNX.view(torch.int16), block_ids_N, host_block_ids_N
+        self._strides = (*kv_LN2KPD.stride()[:2], *host_LNX.stride()[:2])
+        self._constants = (num_heads, block_size, head_dim, to_host)
+        first, *others = self._pools
+        self._kernel = _launcher.compiled(first, *others, *_NO_NUMBERS, *self._strides, constants=self._constants)
+
+    def run(self, layer: int, host_layer: int, num_layers: int = 1) -> None:
+        num_tasks = num_layers * self._num_tasks
+        if num_tasks:
+            grid = (min(_NUM_PROGRAMS, num_tasks), 1, 1)
+            numbers = (layer, host_layer, num_tasks, self._num_blocks)
+            self._kernel[grid](*self._pools, *numbers, *self._strides, *self._constants)
+
+
+_NO_NUMBERS = (0, 0, 0, 0)

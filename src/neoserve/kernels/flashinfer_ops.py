@@ -17,7 +17,7 @@ from neoserve.core.config import ModelShape
 from neoserve.core.errors import ConfigError, UnsupportedModelError
 from neoserve.kernels.activation import silu_and_mul_in_place
 from neoserve.kernels.base import DecodePlans, Ops, PagedAttention, PagedBatch
-from neoserve.kernels.block_copy import copy_blocks
+from neoserve.kernels.block_copy import BlockCopies
 from neoserve.kernels.flashinfer_setup import flashinfer
 from neoserve.kernels.paged_attention import DecodeBuckets, PagedGeometry, PlannedAttention, Planner
 
@@ -72,12 +72,13 @@ class FlashInferOps(Ops):
     def decode_plans(self, sizes: tuple[int, ...], max_blocks: int, padding_block: int) -> DecodePlans:
         return DecodeBuckets(self._geometry, self._workspace, sizes, max_blocks, padding_block)
 
-    def blocks_to_host(
-        self, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor
-    ) -> None:
-        copy_blocks(kv_LN2KPD, block_ids_N, host_LNX, host_block_ids_N, to_host=True)
-
-    def blocks_from_host(
-        self, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor
-    ) -> None:
-        copy_blocks(kv_LN2KPD, block_ids_N, host_LNX, host_block_ids_N, to_host=False)
+    def block_copies(
+        self,
+        kv_LN2KPD: torch.Tensor,
+        block_ids_N: torch.Tensor,
+        host_LNX: torch.Tensor,
+        host_block_ids_N: torch.Tensor,
+        *,
+        to_host: bool,
+    ) -> BlockCopies:
+        return BlockCopies(kv_LN2KPD, block_ids_N, host_LNX, host_block_ids_N, to_host=to_host)

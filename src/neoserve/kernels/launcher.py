@@ -28,9 +28,14 @@ class Launcher:
         self, grid: tuple[int, int, int], first: torch.Tensor, *others: Any, constants: tuple[Any, ...], **options: Any
     ) -> None:
         """Enqueue on the current stream. `options` must follow from `constants`."""
+        self.compiled(first, *others, constants=constants, **options)[grid](first, *others, *constants)
+
+    def compiled(self, first: torch.Tensor, *others: Any, constants: tuple[Any, ...], **options: Any) -> Any:
+        """The compilation that fits these arguments, for who launches it often: `compiled[grid](*arguments,
+        *constants)` on the current stream."""
         key = (first.device, first.dtype, constants)
         compiled = self._compiled.get(key)
         if compiled is None:
-            compiled = self._kernel.warmup(first, *others, *constants, grid=grid, **self._options, **options)
+            compiled = self._kernel.warmup(first, *others, *constants, grid=(1, 1, 1), **self._options, **options)
             self._compiled[key] = compiled
-        compiled[grid](first, *others, *constants)
+        return compiled

@@ -8,6 +8,8 @@ D head dim, E model dim, F ffn dim, L layers, N blocks, P tokens per block, X va
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch.nn import functional
@@ -47,22 +49,40 @@ class ReferenceOps(Ops):
     def decode_plans(self, sizes: tuple[int, ...], max_blocks: int, padding_block: int) -> DecodePlans:
         return ReferencePlans(sizes, padding_block)
 
-    def blocks_to_host(
-        self, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor
-    ) -> None:
-        blocks_N2KPD = kv_LN2KPD.index_select(1, block_ids_N).flatten(0, 1)
-        num_layers, num_blocks = len(kv_LN2KPD), len(block_ids_N)
-        host_LNX.index_copy_(1, host_block_ids_N, to_host_layout(blocks_N2KPD).view(num_layers, num_blocks, -1))
+    def block_copies(
+        self,
+        kv_LN2KPD: torch.Tensor,
+        block_ids_N: torch.Tensor,
+        host_LNX: torch.Tensor,
+        host_block_ids_N: torch.Tensor,
+        *,
+        to_host: bool,
+    ) -> ReferenceCopies:
+        return ReferenceCopies(kv_LN2KPD, block_ids_N, host_LNX, host_block_ids_N, to_host)
 
-    def blocks_from_host(
-        self, host_LNX: torch.Tensor, host_block_ids_N: torch.Tensor, kv_LN2KPD: torch.Tensor, block_ids_N: torch.Tensor
-    ) -> None:
-        num_layers, num_blocks = len(kv_LN2KPD), len(block_ids_N)
+
+@dataclass(frozen=True, slots=True)
+class ReferenceCopies:
+    """`kernels.base.BlockCopies`."""
+
+    kv_LN2KPD: torch.Tensor
+    block_ids_N: torch.Tensor
+    host_LNX: torch.Tensor
+    host_block_ids_N: torch.Tensor
+    to_host: bool
+
+    def run(self, layer: int, host_layer: int, num_layers: int = 1) -> None:
+        kv_LN2KPD, host_LNX = self.kv_LN2KPD[layer:][:num_layers], self.host_LNX[host_layer:][:num_layers]
+        num_blocks = len(self.block_ids_N)
+        if self.to_host:
+            tiles = to_host_layout(kv_LN2KPD.index_select(1, self.block_ids_N).flatten(0, 1))
+            host_LNX.index_copy_(1, self.host_block_ids_N, tiles.view(num_layers, num_blocks, -1))
+            return
         num_kv_heads, block_size, head_dim = kv_LN2KPD.shape[3:]
-        blocks = host_LNX.index_select(1, host_block_ids_N)
+        blocks = host_LNX.index_select(1, self.host_block_ids_N)
         blocks_NK2X = blocks.view(num_layers * num_blocks, num_kv_heads, 2, block_size * head_dim)
         blocks_N2KPD = from_host_layout(blocks_NK2X, head_dim)
-        kv_LN2KPD.index_copy_(1, block_ids_N, blocks_N2KPD.view(num_layers, num_blocks, *kv_LN2KPD.shape[2:]))
+        kv_LN2KPD.index_copy_(1, self.block_ids_N, blocks_N2KPD.view(num_layers, num_blocks, *kv_LN2KPD.shape[2:]))
 
 
 class ReferenceAttention:
