@@ -140,3 +140,14 @@ class Lap:
         """Layers run so far; those dropped in error do not count."""
     def timeline(self) -> npt.NDArray[np.int64]:
         """[layers run, 3]: layer, start and end in nanoseconds of the monotonic clock (`time.monotonic_ns`)."""
+
+class KernelLaunches:
+    """Launches of CUDA kernels, enqueued without Python in between.
+
+    enqueue: address of the driver's cuLaunchKernelEx. launches: for each the addresses of its configuration, its
+    function, its arguments and what is extra, or 0. All of them must live as long as this object is used.
+    """
+
+    def __init__(self, enqueue: int, launches: Sequence[tuple[int, int, int, int]]) -> None: ...
+    def run(self) -> int:
+        """Enqueue them in order; 0, or the driver's first error, after which nothing more is enqueued."""

@@ -2,7 +2,7 @@
 
 An instantiated graph takes 128 KiB of the GPU's memory, whatever is in it; a captured one lies in the host's. So
 recordings that are many, and of work that takes the GPU longer than enqueueing it, are not instantiated: their nodes
-are enqueued one by one, by the driver and with the arguments that were captured, at some 3 us each.
+are enqueued one by one, by the driver and with the arguments that were captured.
 
 The structures are those of cuda.h.
 """
@@ -10,12 +10,15 @@ The structures are those of cuda.h.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from ctypes import POINTER, Structure, byref, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
+from ctypes import POINTER, Structure, addressof, byref, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p, cast
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
 
+from neoserve._native import KernelLaunches
 from neoserve.device.driver import Driver
 
 _KERNEL, _COPY, _FILL, _EMPTY = 0, 1, 2, 5
@@ -116,27 +119,30 @@ class Launches:
 
         Raises ValueError for what is neither a kernel nor a copy or a fill of one piece of memory.
         """
-        calls: list[partial[Any]] = []
-        for node, begins_early in self._in_order(graph.raw_cuda_graph()):
-            kind = c_int()
-            self._call(self._type, node, byref(kind))
-            if kind.value == _KERNEL:
-                calls.append(self._kernel_call(node, stream, begins_early=begins_early))
-            elif kind.value == _COPY:
-                calls.append(self._copy_call(node, stream))
-            elif kind.value == _FILL:
-                calls.append(self._fill_call(node, stream))
-            elif kind.value != _EMPTY:
-                raise ValueError(f"a node of type {kind.value}; expected a kernel, a copy or a fill")
-        return partial(self._replay, graph, tuple(calls))  # the graph owns the arguments
+        kept: list[object] = [graph]  # it owns the arguments
+        calls: list[Callable[[], None]] = []
+        nodes = [(self._type_of(node), node, begins_early) for node, begins_early in self._in_order(graph)]
+        for kind, group in groupby(nodes, key=itemgetter(0)):
+            if kind == _KERNEL:
+                kernels = [self._kernel_launch(node, stream, begins_early=early) for _, node, early in group]
+                kept += [launch for launch, _ in kernels]
+                calls.append(self._kernels_call(kernels))
+            elif kind == _COPY:
+                calls += [self._copy_call(node, stream) for _, node, _ in group]
+            elif kind == _FILL:
+                calls += [self._fill_call(node, stream) for _, node, _ in group]
+            elif kind != _EMPTY:
+                raise ValueError(f"a node of type {kind}; expected a kernel, a copy or a fill")
+        return partial(_replay, kept, tuple(calls))
 
-    def _replay(self, _: torch.cuda.CUDAGraph, calls: Sequence[partial[Any]]) -> None:
-        for call in calls:
-            if code := call():
-                self._driver.check(call.func, code)
+    def _type_of(self, node: int) -> int:
+        kind = c_int()
+        self._call(self._type, node, byref(kind))
+        return kind.value
 
-    def _in_order(self, graph: int) -> list[tuple[int, bool]]:
+    def _in_order(self, captured: torch.cuda.CUDAGraph) -> list[tuple[int, bool]]:
         """The nodes, each after those that it depends on, and whether it may begin before those end."""
+        graph = captured.raw_cuda_graph()
         nodes = (c_uint64 * self._count(self._nodes, graph, None))()
         self._call(self._nodes, graph, nodes, byref(c_size_t(len(nodes))))
         num_edges = self._count(self._edges, graph, None, None, None)
@@ -152,7 +158,8 @@ class Launches:
             ordered |= {node: node in early for node in waits_for if waits_for[node] <= ordered.keys()}
         return list(ordered.items())
 
-    def _kernel_call(self, node: int, stream: int, *, begins_early: bool) -> partial[Any]:
+    def _kernel_launch(self, node: int, stream: int, *, begins_early: bool) -> tuple[_Launch, tuple[int, int, int]]:
+        """A launch's configuration, and the addresses of its function, of its arguments and of what is extra."""
         kernel = _Kernel()
         self._call(self._kernel, node, byref(kernel))
         attributes = []
@@ -167,23 +174,34 @@ class Launches:
             kernel.grid, kernel.block, kernel.shared_bytes, stream, (_Attribute * len(attributes))(*attributes),
             len(attributes),
         )  # fmt: skip
-        function = kernel.function or kernel.kernel
-        return partial(self._enqueue_kernel, byref(launch), function, kernel.arguments, kernel.extra)
+        return launch, (kernel.function or kernel.kernel or 0, kernel.arguments or 0, kernel.extra or 0)
 
-    def _copy_call(self, node: int, stream: int) -> partial[Any]:
+    def _kernels_call(self, kernels: Sequence[tuple[_Launch, tuple[int, int, int]]]) -> Callable[[], None]:
+        """All of them in one call, without Python in between."""
+        enqueue = cast(self._enqueue_kernel, c_void_p).value
+        assert enqueue is not None
+        launches = KernelLaunches(enqueue, [(addressof(launch), *others) for launch, others in kernels])
+
+        def call() -> None:
+            if code := launches.run():
+                self._driver.check(self._enqueue_kernel, code)
+
+        return call
+
+    def _copy_call(self, node: int, stream: int) -> Callable[[], None]:
         copy = _Copy()
         self._call(self._copy, node, byref(copy))
         source, target = (end.device + end.x_bytes if end.device else 0 for end in (copy.source, copy.target))
         if not (source and target and copy.height == copy.depth == 1):
             raise ValueError(f"a copy of {copy.depth} x {copy.height} pieces; expected one, of mapped memory")
-        return partial(self._driver.copy, target, source, copy.width_bytes, stream)  # it checks its own result
+        return partial(self._driver.copy, target, source, copy.width_bytes, stream)
 
-    def _fill_call(self, node: int, stream: int) -> partial[Any]:
+    def _fill_call(self, node: int, stream: int) -> Callable[[], None]:
         fill = _Fill()
         self._call(self._fill, node, byref(fill))
         if fill.height != 1:
             raise ValueError(f"a fill of {fill.height} pieces; expected one")
-        return partial(self._enqueue_fill[fill.element_bytes], fill.target, fill.value, fill.width, stream)
+        return partial(self._call, self._enqueue_fill[fill.element_bytes], fill.target, fill.value, fill.width, stream)
 
     def _count(self, function: Any, graph: int, *nothing: None) -> int:
         count = c_size_t()
@@ -192,3 +210,8 @@ class Launches:
 
     def _call(self, function: Any, *arguments: Any) -> None:
         self._driver.check(function, function(*arguments))
+
+
+def _replay(_: list[object], calls: Sequence[Callable[[], None]]) -> None:
+    for call in calls:
+        call()

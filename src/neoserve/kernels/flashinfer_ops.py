@@ -33,6 +33,8 @@ class FlashInferOps(Ops):
     _decodes: ClassVar[bool] = True
     """Whether FlashInfer decodes, and needs memory for that."""
 
+    block_copies = BlockCopies
+
     def __init__(self, shape: ModelShape, dtype: torch.dtype, block_size: int, device: torch.device) -> None:
         if shape.head_dim not in HEAD_DIMS:
             raise UnsupportedModelError(
@@ -71,14 +73,3 @@ class FlashInferOps(Ops):
 
     def decode_plans(self, sizes: tuple[int, ...], max_blocks: int, padding_block: int) -> DecodePlans:
         return DecodeBuckets(self._geometry, self._workspace, sizes, max_blocks, padding_block)
-
-    def block_copies(
-        self,
-        kv_LN2KPD: torch.Tensor,
-        block_ids_N: torch.Tensor,
-        host_LNX: torch.Tensor,
-        host_block_ids_N: torch.Tensor,
-        *,
-        to_host: bool,
-    ) -> BlockCopies:
-        return BlockCopies(kv_LN2KPD, block_ids_N, host_LNX, host_block_ids_N, to_host=to_host)

@@ -19,8 +19,34 @@ from neoserve.kernels.host_attention import from_host_layout, to_host_layout
 from neoserve.kernels.paged_arrays import bucket_size, pad_decode
 
 
+@dataclass(frozen=True, slots=True)
+class ReferenceCopies:
+    """`kernels.base.BlockCopies`."""
+
+    kv_LN2KPD: torch.Tensor
+    block_ids_N: torch.Tensor
+    host_LNX: torch.Tensor
+    host_block_ids_N: torch.Tensor
+    to_host: bool
+
+    def run(self, layer: int, host_layer: int, num_layers: int = 1) -> None:
+        kv_LN2KPD, host_LNX = self.kv_LN2KPD[layer:][:num_layers], self.host_LNX[host_layer:][:num_layers]
+        num_blocks = len(self.block_ids_N)
+        if self.to_host:
+            tiles = to_host_layout(kv_LN2KPD.index_select(1, self.block_ids_N).flatten(0, 1))
+            host_LNX.index_copy_(1, self.host_block_ids_N, tiles.view(num_layers, num_blocks, -1))
+            return
+        num_kv_heads, block_size, head_dim = kv_LN2KPD.shape[3:]
+        blocks = host_LNX.index_select(1, self.host_block_ids_N)
+        blocks_NK2X = blocks.view(num_layers * num_blocks, num_kv_heads, 2, block_size * head_dim)
+        blocks_N2KPD = from_host_layout(blocks_NK2X, head_dim)
+        kv_LN2KPD.index_copy_(1, self.block_ids_N, blocks_N2KPD.view(num_layers, num_blocks, *kv_LN2KPD.shape[2:]))
+
+
 class ReferenceOps(Ops):
     """Operations on CPU tensors in float32, bfloat16 or float16."""
+
+    block_copies = ReferenceCopies
 
     def rms_norm(self, x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
         x32_TE = x_TE.float()
@@ -48,41 +74,6 @@ class ReferenceOps(Ops):
 
     def decode_plans(self, sizes: tuple[int, ...], max_blocks: int, padding_block: int) -> DecodePlans:
         return ReferencePlans(sizes, padding_block)
-
-    def block_copies(
-        self,
-        kv_LN2KPD: torch.Tensor,
-        block_ids_N: torch.Tensor,
-        host_LNX: torch.Tensor,
-        host_block_ids_N: torch.Tensor,
-        *,
-        to_host: bool,
-    ) -> ReferenceCopies:
-        return ReferenceCopies(kv_LN2KPD, block_ids_N, host_LNX, host_block_ids_N, to_host)
-
-
-@dataclass(frozen=True, slots=True)
-class ReferenceCopies:
-    """`kernels.base.BlockCopies`."""
-
-    kv_LN2KPD: torch.Tensor
-    block_ids_N: torch.Tensor
-    host_LNX: torch.Tensor
-    host_block_ids_N: torch.Tensor
-    to_host: bool
-
-    def run(self, layer: int, host_layer: int, num_layers: int = 1) -> None:
-        kv_LN2KPD, host_LNX = self.kv_LN2KPD[layer:][:num_layers], self.host_LNX[host_layer:][:num_layers]
-        num_blocks = len(self.block_ids_N)
-        if self.to_host:
-            tiles = to_host_layout(kv_LN2KPD.index_select(1, self.block_ids_N).flatten(0, 1))
-            host_LNX.index_copy_(1, self.host_block_ids_N, tiles.view(num_layers, num_blocks, -1))
-            return
-        num_kv_heads, block_size, head_dim = kv_LN2KPD.shape[3:]
-        blocks = host_LNX.index_select(1, self.host_block_ids_N)
-        blocks_NK2X = blocks.view(num_layers * num_blocks, num_kv_heads, 2, block_size * head_dim)
-        blocks_N2KPD = from_host_layout(blocks_NK2X, head_dim)
-        kv_LN2KPD.index_copy_(1, self.block_ids_N, blocks_N2KPD.view(num_layers, num_blocks, *kv_LN2KPD.shape[2:]))
 
 
 class ReferenceAttention:
