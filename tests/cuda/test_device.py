@@ -20,8 +20,15 @@ def do(*results: object) -> None:
     """Make a statement of expressions, for a lambda."""
 
 
+def zeros(device: CudaDevice, *size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Zeros that are there: what is submitted does not wait for the stream on which torch makes them."""
+    x = torch.zeros(size, dtype=dtype, device=device.torch_device)
+    device.synchronise()
+    return x
+
+
 def test_work_runs_in_order_and_completes(device: CudaDevice) -> None:
-    x = torch.zeros(1 << 20, device=device.torch_device)
+    x = zeros(device, 1 << 20)
 
     def add() -> None:
         for _ in range(100):
@@ -83,7 +90,7 @@ class Slots:
 
 def test_exchanges_carry_the_data_of_their_time_both_ways(device: CudaDevice) -> None:
     slots = Slots(device)
-    source = torch.zeros(1 << 16, dtype=torch.int32, device=device.torch_device)
+    source = zeros(device, 1 << 16, dtype=torch.int32)
     results: list[torch.Tensor] = []
     seen: list[bool] = []
 
@@ -112,7 +119,7 @@ def test_exchanges_carry_the_data_of_their_time_both_ways(device: CudaDevice) ->
 
 def test_compute_between_an_exchange_and_its_end_does_not_wait_for_it(device: CudaDevice) -> None:
     slots = Slots(device)
-    source, target = (torch.zeros(1 << 16, dtype=torch.int32, device=device.torch_device) for _ in range(2))
+    source, target = (zeros(device, 1 << 16, dtype=torch.int32) for _ in range(2))
     exchanges: list[Exchange] = []
     device.submit(lambda: exchanges.append(slots.exchange(1, 3, source, target)))
     device.submit(lambda: do(source.add_(1))).wait()
@@ -126,7 +133,7 @@ def test_compute_between_an_exchange_and_its_end_does_not_wait_for_it(device: Cu
 
 def test_channels_do_not_wait_for_each_other(device: CudaDevice) -> None:
     slots = (Slots(device), Slots(device))
-    x = [torch.zeros(1 << 16, dtype=torch.int32, device=device.torch_device) for _ in range(4)]
+    x = [zeros(device, 1 << 16, dtype=torch.int32) for _ in range(4)]
     exchanges: list[Exchange] = []
     device.submit(lambda: exchanges.append(slots[0].exchange(0, 1, x[0], x[1])))
     device.submit(lambda: exchanges.append(slots[1].exchange(1, 1, x[2], x[3])))
@@ -138,8 +145,7 @@ def test_channels_do_not_wait_for_each_other(device: CudaDevice) -> None:
 
 def test_an_exchange_in_a_captured_graph_works_in_every_replay(device: CudaDevice) -> None:
     slots = Slots(device, size=4)
-    x = torch.zeros(4, dtype=torch.int32, device=device.torch_device)
-    y = torch.zeros_like(x)
+    x, y = (zeros(device, 4, dtype=torch.int32) for _ in range(2))
     graph = torch.cuda.CUDAGraph()
 
     def capture() -> None:
@@ -163,8 +169,7 @@ def test_an_exchange_in_a_captured_graph_works_in_every_replay(device: CudaDevic
 
 
 def test_copies_run_after_earlier_compute_and_before_who_waits_for_them(device: CudaDevice) -> None:
-    x = torch.zeros(1 << 24, device=device.torch_device)
-    y = torch.zeros_like(x)
+    x, y = (zeros(device, 1 << 24) for _ in range(2))
 
     def compute() -> None:
         for _ in range(200):
@@ -187,6 +192,7 @@ def test_registered_memory_takes_copies_without_blocking(device: CudaDevice) -> 
     host = torch.from_numpy(memory).view(torch.int32)
     assert host.is_pinned()
     source = torch.arange(host.numel(), dtype=torch.int32, device=device.torch_device)
+    device.synchronise()
     device.submit(lambda: do(host.copy_(source, non_blocking=True))).wait()
     assert torch.equal(host, source.cpu())
 
@@ -214,7 +220,7 @@ def test_there_is_no_such_gpu() -> None:
 
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_an_earlier_recording_that_is_collected_does_not_end_the_next(device: CudaDevice, one_by_one: bool) -> None:
-    x = torch.zeros(1 << 16, device=device.torch_device)
+    x = zeros(device, 1 << 16)
     replays: list[object] = []
 
     def work() -> None:
@@ -246,6 +252,7 @@ def test_work_recorded_one_by_one_is_done_again_in_order(device: CudaDevice) -> 
     weights = [torch.randn(512, 4096, **place), torch.randn(4096, 512, **place), torch.randn(8192, 4096, **place)]
     x = torch.randn(16, 4096, **place)
     halves, kept, zeroed = torch.empty(16, 2048, **place), torch.empty(16, 512, **place), torch.ones(64, **place)
+    device.synchronise()
 
     def work() -> None:
         zeroed.zero_()
@@ -269,7 +276,7 @@ def test_work_recorded_one_by_one_is_done_again_in_order(device: CudaDevice) -> 
 
 
 def test_recordings_replayed_one_by_one_lie_in_no_memory_of_the_device(device: CudaDevice) -> None:
-    x = torch.zeros(1 << 16, device=device.torch_device)
+    x = zeros(device, 1 << 16)
     replays = [recorded_one_by_one(device, lambda: do(x.add_(1)))]
     free_bytes = device.free_bytes()
     replays += [recorded_one_by_one(device, lambda: do(x.add_(1))) for _ in range(400)]
