@@ -10,8 +10,8 @@ P tokens per block. The device's KV of one layer is `kv_N2KPD`: K at index 0, V 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -56,9 +56,22 @@ class PagedAttention(Protocol):
         KV, softmax scale D**-0.5, into `out_THD`. q, k and v may be views of fused rows."""
 
 
-class BlockCopies(Protocol):
-    """Copies of the same blocks, of any layers, between memory of the device and the host pool."""
+@dataclass(eq=False)
+class BlockCopies(ABC):
+    """Copies of the same blocks, of any layers, to the host pool or from it, changing the layout
+    (csrc/attention/attention.h).
 
+    block_ids_N, host_block_ids_N: int64, on the device, of one length; they index dimension 1 of the two pools.
+    host_LNX: the host pool, X = 2KPD values a block.
+    """
+
+    kv_LN2KPD: torch.Tensor
+    block_ids_N: torch.Tensor
+    host_LNX: torch.Tensor
+    host_block_ids_N: torch.Tensor
+    to_host: bool = field(kw_only=True)
+
+    @abstractmethod
     def run(self, layer: int, host_layer: int, num_layers: int = 1) -> None:
         """Copy `num_layers` layers, those from `layer` on of the device's, those from `host_layer` on of the host's."""
 
@@ -102,6 +115,9 @@ class Ops(ABC):
     Those that begin with a linear layer (weights are [out, in], biases may be `None`) are made of the others here; a
     device that can do better overrides them.
     """
+
+    block_copies: ClassVar[type[BlockCopies]]
+    """How the device copies blocks between the tiers."""
 
     def linear_heads(
         self,
@@ -171,20 +187,4 @@ class Ops(ABC):
         """Plans for recorded decode laps.
 
         max_blocks: of all sequences of a batch together. padding_block: a block that belongs to no sequence.
-        """
-
-    @abstractmethod
-    def block_copies(
-        self,
-        kv_LN2KPD: torch.Tensor,
-        block_ids_N: torch.Tensor,
-        host_LNX: torch.Tensor,
-        host_block_ids_N: torch.Tensor,
-        *,
-        to_host: bool,
-    ) -> BlockCopies:
-        """Copies of blocks to the host pool, or from it, changing the layout (csrc/attention/attention.h).
-
-        block_ids_N, host_block_ids_N: int64, on the device, of one length; they index dimension 1 of the two pools.
-        host_LNX: the host pool, X = 2KPD values a block.
         """

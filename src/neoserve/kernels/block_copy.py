@@ -11,10 +11,13 @@ Letters: L layers, N blocks, K kv heads, P tokens per block, D head dim, X = 2KP
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
+from neoserve.kernels.base import BlockCopies
 from neoserve.kernels.launcher import Launcher
 
 _NUM_PROGRAMS = 16
@@ -72,30 +75,22 @@ def _copy_blocks(  # type: ignore[no-untyped-def]
 
 
 _launcher = Launcher(_copy_blocks, num_warps=4)
+_NO_NUMBERS = (0, 0, 0, 0)
 
 
-class BlockCopies:
-    """`kernels.base.BlockCopies`: what all layers have in common is looked up once, as prompts of the host tier copy at
-    every layer.
+@dataclass(eq=False)
+class MappedCopies(BlockCopies):
+    """`BlockCopies` by a kernel: what all layers have in common is looked up once, as prompts of the host tier copy at
+    every layer. The host pool is a CPU tensor over memory registered with the device."""
 
-    host_LNX: a CPU tensor over memory registered with the device.
-    """
-
-    def __init__(
-        self,
-        kv_LN2KPD: torch.Tensor,
-        block_ids_N: torch.Tensor,
-        host_LNX: torch.Tensor,
-        host_block_ids_N: torch.Tensor,
-        *,
-        to_host: bool,
-    ) -> None:
-        num_heads, block_size, head_dim = kv_LN2KPD.shape[3:]
-        self._num_blocks = block_ids_N.numel()
+    def __post_init__(self) -> None:
+        num_heads, block_size, head_dim = self.kv_LN2KPD.shape[3:]
+        self._num_blocks = self.block_ids_N.numel()
         self._num_tasks = self._num_blocks * num_heads
-        self._pools = kv_LN2KPD.view(torch.int16), host_LNX.view(torch.int16), block_ids_N, host_block_ids_N
-        self._strides = (*kv_LN2KPD.stride()[:2], *host_LNX.stride()[:2])
-        self._constants = (num_heads, block_size, head_dim, to_host)
+        words = self.kv_LN2KPD.view(torch.int16), self.host_LNX.view(torch.int16)
+        self._pools = (*words, self.block_ids_N, self.host_block_ids_N)
+        self._strides = (*self.kv_LN2KPD.stride()[:2], *self.host_LNX.stride()[:2])
+        self._constants = (num_heads, block_size, head_dim, self.to_host)
         first, *others = self._pools
         self._kernel = _launcher.compiled(first, *others, *_NO_NUMBERS, *self._strides, constants=self._constants)
 
@@ -105,6 +100,3 @@ class BlockCopies:
             grid = (min(_NUM_PROGRAMS, num_tasks), 1, 1)
             numbers = (layer, host_layer, num_tasks, self._num_blocks)
             self._kernel[grid](*self._pools, *numbers, *self._strides, *self._constants)
-
-
-_NO_NUMBERS = (0, 0, 0, 0)

@@ -17,7 +17,7 @@ from neoserve.core.config import ModelShape
 from neoserve.core.errors import ConfigError, UnsupportedModelError
 from neoserve.kernels.activation import silu_and_mul_in_place
 from neoserve.kernels.base import DecodePlans, Ops, PagedAttention, PagedBatch
-from neoserve.kernels.block_copy import BlockCopies
+from neoserve.kernels.block_copy import MappedCopies
 from neoserve.kernels.flashinfer_setup import flashinfer
 from neoserve.kernels.paged_attention import DecodeBuckets, PagedGeometry, PlannedAttention, Planner
 
@@ -33,7 +33,7 @@ class FlashInferOps(Ops):
     _decodes: ClassVar[bool] = True
     """Whether FlashInfer decodes, and needs memory for that."""
 
-    block_copies = BlockCopies
+    block_copies = MappedCopies
 
     def __init__(self, shape: ModelShape, dtype: torch.dtype, block_size: int, device: torch.device) -> None:
         if shape.head_dim not in HEAD_DIMS:

@@ -8,26 +8,17 @@ D head dim, E model dim, F ffn dim, L layers, N blocks, P tokens per block, X va
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch.nn import functional
 
-from neoserve.kernels.base import DecodePlans, Ops, PagedAttention, PagedBatch
+from neoserve.kernels.base import BlockCopies, DecodePlans, Ops, PagedAttention, PagedBatch
 from neoserve.kernels.host_attention import from_host_layout, to_host_layout
 from neoserve.kernels.paged_arrays import bucket_size, pad_decode
 
 
-@dataclass(frozen=True, slots=True)
-class ReferenceCopies:
-    """`kernels.base.BlockCopies`."""
-
-    kv_LN2KPD: torch.Tensor
-    block_ids_N: torch.Tensor
-    host_LNX: torch.Tensor
-    host_block_ids_N: torch.Tensor
-    to_host: bool
+class ReferenceCopies(BlockCopies):
+    """`BlockCopies` by index."""
 
     def run(self, layer: int, host_layer: int, num_layers: int = 1) -> None:
         kv_LN2KPD, host_LNX = self.kv_LN2KPD[layer:][:num_layers], self.host_LNX[host_layer:][:num_layers]
