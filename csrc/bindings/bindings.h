@@ -9,6 +9,6 @@ void bind_machine(nanobind::module_& module);
 void bind_memory(nanobind::module_& module);
 void bind_worker_pool(nanobind::module_& module);
 void bind_host_attention(nanobind::module_& module);
-void bind_kernel_launches(nanobind::module_& module);
+void bind_driver_calls(nanobind::module_& module);
 
 }  // namespace neo

@@ -10,5 +10,5 @@ NB_MODULE(_native, module) {
   neo::bind_memory(module);
   neo::bind_worker_pool(module);
   neo::bind_host_attention(module);
-  neo::bind_kernel_launches(module);
+  neo::bind_driver_calls(module);
 }

@@ -141,13 +141,15 @@ class Lap:
     def timeline(self) -> npt.NDArray[np.int64]:
         """[layers run, 3]: layer, start and end in nanoseconds of the monotonic clock (`time.monotonic_ns`)."""
 
-class KernelLaunches:
-    """Launches of CUDA kernels, enqueued without Python in between.
+class DriverCalls:
+    """Calls of the CUDA driver, made without Python in between.
 
-    enqueue: address of the driver's cuLaunchKernelEx. launches: for each the addresses of its configuration, its
-    function, its arguments and what is extra, or 0. All of them must live as long as this object is used.
+    calls: of each the address of its function, and its arguments, filled up with zeros. moving: addresses of 8-byte
+    words among what the arguments point to, each of which holds an address itself. All of that must live as long as
+    this object is used.
     """
 
-    def __init__(self, enqueue: int, launches: Sequence[tuple[int, int, int, int]]) -> None: ...
-    def run(self) -> int:
-        """Enqueue them in order; 0, or the driver's first error, after which nothing more is enqueued."""
+    def __init__(self, calls: Sequence[tuple[int, int, int, int, int]], moving: Sequence[int] = ()) -> None: ...
+    def run(self, offset: int = 0) -> int:
+        """Make them in order, the moving words `offset` further than they were at first; 0, or the first result that is
+        another, after which no more are made."""

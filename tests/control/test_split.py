@@ -292,6 +292,16 @@ def test_rows_of_short_prompts_are_not_priced_as_those_of_a_long_one() -> None:
     assert chosen.rows_worth_having(DEVICE, DEVICE, host, balance=2.0, most_rows=2048) == 60
 
 
+def test_a_prompt_that_takes_several_iterations_brings_back_what_was_computed_of_it() -> None:
+    """Which a prompt that the device keeps does not."""
+    host = Load.host_decode(60, 60 * 1024)
+    table = CostTable.rough(LARGE)
+    slow_link = replace(table, migration_us_per_token=20 * table.migration_us_per_token)
+    for costs, pays in ((table, True), (slow_link, False)):
+        chosen = Splitter(CostModel(costs, LARGE), LARGE.num_layers, Policy())
+        assert bool(chosen.rows_worth_having(DEVICE, DEVICE, host, balance=10.0, most_rows=2048)) == pays
+
+
 @given(st.lists(st.integers(1, 50), max_size=8), st.integers(0, 100), st.integers(0, 100))
 def test_dealing_keeps_to_the_limits_and_to_the_order(counts: list[int], first: int, second: int) -> None:
     parts = list(deal([prompt(count) for count in counts], (first, second)))

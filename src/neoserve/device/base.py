@@ -150,6 +150,14 @@ class Device(ABC):
         leaves nothing of the recording itself in the device's memory.
         """
 
+    def for_layers(self, work: Callable[[torch.Tensor], None], layers: torch.Tensor) -> Callable[[int], None]:
+        """A closure that, inside `submit`, enqueues `work(layers[layer])` each time it is called with a layer.
+
+        All other tensors that `work` uses must stay, also those that it makes: the device may run `work` for some of
+        the layers only, and do the same for the others at their addresses.
+        """
+        return lambda layer: work(layers[layer])
+
     @abstractmethod
     def synchronise(self) -> None:
         """Block until all work is done, also what was enqueued outside `submit`."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,8 +14,8 @@ import torch
 from neoserve.core.config import DType, ModelShape
 from neoserve.core.errors import ConfigError
 from neoserve.device.base import Completion, Copy, Device, Exchange, Flag, Mark, Transfer
-from neoserve.device.driver import Driver
-from neoserve.device.launches import Launches
+from neoserve.device.driver import Call, Driver
+from neoserve.device.launches import Launches, no_collection
 from neoserve.device.registration import RegisteredMemory
 from neoserve.kernels.flashinfer_ops import FlashInferOps
 from neoserve.kernels.fused_ops import FusedOps
@@ -65,18 +63,6 @@ class _EventMark(Mark):
         return cls(event)
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without the garbage collector."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-
-
 class _Channel:
     """A stream for the hand-offs of one sub-batch, and the events that tie it to the compute stream."""
 
@@ -99,7 +85,7 @@ class _Exchange:
         self._tensors = tensors
 
     def finish(self) -> None:
-        self._driver.wait_event(self._compute, self._back)
+        self._driver.enqueue(self._driver.wait_event(self._compute, self._back))
 
 
 class CudaDevice(Device):
@@ -155,8 +141,10 @@ class CudaDevice(Device):
 
     def submit_copies(self, work: Callable[[], None]) -> Completion:
         # By the driver, and with as little else as can be: every layer of a staged prompt has two or three of these.
-        self._driver.record_event(self._forked.cuda_event, self._compute.cuda_stream)
-        self._driver.wait_event(self._copies.cuda_stream, self._forked.cuda_event)
+        driver, forked = self._driver, self._forked.cuda_event
+        driver.enqueue(
+            driver.record_event(forked, self._compute.cuda_stream), driver.wait_event(self._copies.cuda_stream, forked)
+        )
         submitted = self._submit(self._copies, work, timed=self.on_copy is not None)
         if self.on_copy is not None and submitted.start is not None:
             self.on_copy(Copy("tiers", None, _EventMark(submitted.start), _EventMark(submitted.end)))
@@ -175,12 +163,17 @@ class CudaDevice(Device):
         stream.wait_event(completion.end)
 
     def record(self, work: Callable[[], None], *, shared: bool, one_by_one: bool = False) -> Callable[[], None]:
-        """As `Device.record`, a CUDA graph; `one_by_one` if the driver can (CUDA 12.3)."""
+        """As `Device.record`, a CUDA graph; `one_by_one` if the driver can (CUDA 12.4)."""
         pool = self._shared_pool() if shared else torch.cuda.graph_pool_handle()
         if one_by_one and self._launches is not None:
             return self._launches.of(self._capture(work, pool, keep_graph=True), self._compute.cuda_stream)
         replay: Callable[[], None] = self._capture(work, pool).replay
         return replay
+
+    def for_layers(self, work: Callable[[torch.Tensor], None], layers: torch.Tensor) -> Callable[[int], None]:
+        if self._launches is None:
+            return super().for_layers(work, layers)
+        return self._launches.for_layers(work, layers, self._compute.cuda_stream)
 
     def _shared_pool(self) -> Any:
         if self._shared_recording is None:
@@ -194,7 +187,7 @@ class CudaDevice(Device):
         # Not the context manager `torch.cuda.graph`: it collects garbage and empties the allocator's cache each time,
         # which takes a hundred times as long as recording a layer. But an earlier graph that is collected in the middle
         # of a capture ends it.
-        with _no_collection():
+        with no_collection():
             graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 work()
@@ -233,26 +226,31 @@ class CudaDevice(Device):
         self, channel: int, outward: Transfer, ready: Flag, done: Flag, value: int, back: Transfer
     ) -> Exchange:
         """As `Device.exchange`; can be captured in a CUDA graph, which then keeps `value`."""
-        # By the driver: torch's ways to do the same take three times as long, twice a layer of every pipelined lap.
+        # By the driver and all at once: every layer of a pipelined lap has one.
         driver, side, compute = self._driver, self._channels[channel], self._compute.cuda_stream
-        stream = side.stream.cuda_stream
-        driver.record_event(side.sent.cuda_event, compute)
-        driver.wait_event(stream, side.sent.cuda_event)
-        self._copy("out", channel, outward)
-        driver.write_value(stream, self._flag_address(ready), value)
-        driver.wait_value(stream, self._flag_address(done), value)
-        self._copy("back", channel, back)
-        driver.record_event(side.back.cuda_event, stream)
+        stream, sent = side.stream.cuda_stream, side.sent.cuda_event
+        driver.enqueue(
+            driver.record_event(sent, compute),
+            driver.wait_event(stream, sent),
+            *self._copy("out", channel, outward),
+            driver.write_value(stream, self._flag_address(ready), value),
+            driver.wait_value(stream, self._flag_address(done), value),
+            *self._copy("back", channel, back),
+            driver.record_event(side.back.cuda_event, stream),
+        )
         return _Exchange(driver, compute, side.back.cuda_event, (outward, back))
 
-    def _copy(self, what: Literal["out", "back"], channel: int, transfer: Transfer) -> None:
+    def _copy(self, what: Literal["out", "back"], channel: int, transfer: Transfer) -> list[Call]:
+        """One of an exchange's copies, between marks for who watches."""
         stream = self._channels[channel].stream
-        begin = _EventMark.on(stream) if self.on_copy is not None else None
-        self._driver.copy(
-            transfer.target.data_ptr(), transfer.source.data_ptr(), _num_bytes(transfer), stream.cuda_stream
-        )
-        if self.on_copy is not None and begin is not None:
-            self.on_copy(Copy(what, channel, begin, _EventMark.on(stream)))
+        target, source = transfer.target.data_ptr(), transfer.source.data_ptr()
+        calls = [self._driver.copy(target, source, _num_bytes(transfer), stream.cuda_stream)]
+        if self.on_copy is not None:
+            marks = _EventMark.on(stream), _EventMark.on(stream)  # torch makes an event when it is first recorded
+            begin, end = (self._driver.record_event(mark.event.cuda_event, stream.cuda_stream) for mark in marks)
+            calls = [begin, *calls, end]
+            self.on_copy(Copy(what, channel, *marks))
+        return calls
 
     def mark(self) -> Mark:
         return _EventMark.on(torch.cuda.current_stream(self.torch_device))

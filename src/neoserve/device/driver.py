@@ -7,15 +7,21 @@ be registered by several threads.
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_size_t, c_uint, c_uint32, c_uint64, c_void_p
+from ctypes import c_size_t, c_uint, c_uint64, c_void_p
 from typing import Any
+
+from neoserve._native import DriverCalls
 
 _WAIT_UNTIL_GREATER_OR_EQUAL = 0x0
 _REGISTER_PORTABLE_AND_MAPPED = 0x1 | 0x2
 
 
+Call = tuple[int, int, int, int, int]
+"""What enqueues something: a function's address and its arguments, filled up with zeros. `Driver.enqueue` makes it."""
+
+
 class DriverError(RuntimeError):
-    """A driver call failed; the message names the call and the driver's error."""
+    """A driver call failed; the message names the driver's error."""
 
 
 class Driver:
@@ -24,36 +30,45 @@ class Driver:
     def __init__(self) -> None:
         self._lib = ctypes.CDLL("libcuda.so.1")
         # With the types declared, ctypes takes plain integers: a call costs a microsecond.
-        self._record_event = self.function("cuEventRecord", c_void_p, c_void_p)
-        self._wait_event = self.function("cuStreamWaitEvent", c_void_p, c_void_p, c_uint)
-        self._copy = self.function("cuMemcpyAsync", c_uint64, c_uint64, c_size_t, c_void_p)
-        self._write_value = self.function("cuStreamWriteValue32_v2", c_void_p, c_uint64, c_uint32, c_uint)
-        self._wait_value = self.function("cuStreamWaitValue32_v2", c_void_p, c_uint64, c_uint32, c_uint)
+        self._record_event = self.address("cuEventRecord")
+        self._wait_event = self.address("cuStreamWaitEvent")
+        self._copy = self.address("cuMemcpyAsync")
+        self._write_value = self.address("cuStreamWriteValue32_v2")
+        self._wait_value = self.address("cuStreamWaitValue32_v2")
         self._device_pointer = self.function("cuMemHostGetDevicePointer_v2", c_void_p, c_void_p, c_uint)
         self._register = self.function("cuMemHostRegister_v2", c_void_p, c_size_t, c_uint)
         self._unregister = self.function("cuMemHostUnregister", c_void_p)
         self._current_context = self.function("cuCtxGetCurrent", c_void_p)
         self._use_context = self.function("cuCtxSetCurrent", c_void_p)
 
-    def record_event(self, event: int, stream: int) -> None:
-        """Enqueue: the event is reached."""
-        self.check(self._record_event, self._record_event(event, stream))
+    def enqueue(self, *calls: Call) -> None:
+        """Make these calls, without Python in between."""
+        self.run(DriverCalls(calls))
 
-    def wait_event(self, stream: int, event: int) -> None:
-        """Enqueue: later work waits for the event as it was last recorded."""
-        self.check(self._wait_event, self._wait_event(stream, event, 0))
+    def run(self, calls: DriverCalls, offset: int = 0) -> None:
+        """`DriverCalls.run`; raises `DriverError`."""
+        if code := calls.run(offset):
+            raise DriverError(f"the CUDA driver could not enqueue work: {self._text(code)}")
 
-    def copy(self, target: int, source: int, num_bytes: int, stream: int) -> None:
-        """Enqueue a copy between device memory and pinned host memory, whichever way the addresses say."""
-        self.check(self._copy, self._copy(target, source, num_bytes, stream))
+    def record_event(self, event: int, stream: int) -> Call:
+        """The event is reached."""
+        return (self._record_event, event, stream, 0, 0)
 
-    def write_value(self, stream: int, address: int, value: int) -> None:
-        """Enqueue: write `value` to the 32-bit word at device `address` once all earlier work is visible."""
-        self.check(self._write_value, self._write_value(stream, address, value, 0))
+    def wait_event(self, stream: int, event: int) -> Call:
+        """Later work waits for the event as it was last recorded."""
+        return (self._wait_event, stream, event, 0, 0)
 
-    def wait_value(self, stream: int, address: int, value: int) -> None:
-        """Enqueue: later work waits until the 32-bit word at device `address` is >= `value` (as a cyclic order)."""
-        self.check(self._wait_value, self._wait_value(stream, address, value, _WAIT_UNTIL_GREATER_OR_EQUAL))
+    def copy(self, target: int, source: int, num_bytes: int, stream: int) -> Call:
+        """A copy between device memory and pinned host memory, whichever way the addresses say."""
+        return (self._copy, target, source, num_bytes, stream)
+
+    def write_value(self, stream: int, address: int, value: int) -> Call:
+        """Write `value` to the 32-bit word at device `address` once all earlier work is visible."""
+        return (self._write_value, stream, address, value, 0)
+
+    def wait_value(self, stream: int, address: int, value: int) -> Call:
+        """Later work waits until the 32-bit word at device `address` is >= `value` (as a cyclic order)."""
+        return (self._wait_value, stream, address, value, _WAIT_UNTIL_GREATER_OR_EQUAL)
 
     def device_address(self, host_address: int) -> int:
         """Where the device sees pinned or registered host memory."""
@@ -85,10 +100,16 @@ class Driver:
         function.argtypes = types
         return function
 
+    def address(self, name: str) -> int:
+        """Where a function of the driver is; AttributeError where it is too old."""
+        return ctypes.cast(getattr(self._lib, name), c_void_p).value or 0
+
     def check(self, function: Any, code: int) -> None:
         """Raise `DriverError` if that is what the function's result says."""
         if code != 0:
-            message = ctypes.c_char_p()
-            self._lib.cuGetErrorString(code, ctypes.byref(message))
-            text = message.value.decode() if message.value else "unknown error"
-            raise DriverError(f"{function.__name__} failed: {text} (error {code})")
+            raise DriverError(f"{function.__name__} failed: {self._text(code)}")
+
+    def _text(self, code: int) -> str:
+        message = ctypes.c_char_p()
+        self._lib.cuGetErrorString(code, ctypes.byref(message))
+        return f"{message.value.decode() if message.value else 'unknown error'} (error {code})"

@@ -1,4 +1,4 @@
-"""A captured CUDA graph, replayed launch by launch.
+"""A captured CUDA graph, replayed launch by launch, as it was or with some of its addresses moved.
 
 An instantiated graph takes 128 KiB of the GPU's memory, whatever is in it; a captured one lies in the host's. So
 recordings that are many, and of work that takes the GPU longer than enqueueing it, are not instantiated: their nodes
@@ -9,17 +9,31 @@ The structures are those of cuda.h.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from ctypes import POINTER, Structure, addressof, byref, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p, cast
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ctypes import (
+    POINTER,
+    Structure,
+    addressof,
+    byref,
+    c_int,
+    c_size_t,
+    c_ubyte,
+    c_uint,
+    c_uint64,
+    c_void_p,
+    cast,
+    memmove,
+)
 from functools import partial
-from itertools import groupby
-from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import torch
 
-from neoserve._native import KernelLaunches
-from neoserve.device.driver import Driver
+from neoserve._native import DriverCalls
+from neoserve.device.driver import Call, Driver
 
 _KERNEL, _COPY, _FILL, _EMPTY = 0, 1, 2, 5
 """Types of nodes."""
@@ -29,6 +43,21 @@ _BEGINS_EARLY = 6
 """The same as an attribute of a launch."""
 _KEPT_ATTRIBUTES = (2, 4, 5, 11, 14)
 """Of a launch: cooperative, cluster dimension and its scheduling, preferred cluster dimension, preferred carveout."""
+_RELAXED = 2
+"""The mode of a capture in which anything may be called."""
+_WORD_BYTES = 8
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Without the garbage collector: what it collects may enqueue, or end a capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class _Kernel(Structure):
@@ -89,7 +118,7 @@ class _Launch(Structure):
 
 
 class Launches:
-    """The launches of captured graphs. Raises AttributeError where the driver is older than CUDA 12.3."""
+    """The launches of captured graphs. Raises AttributeError where the driver is older than CUDA 12.4."""
 
     @classmethod
     def by(cls, driver: Driver) -> Launches | None:
@@ -109,10 +138,14 @@ class Launches:
         self._attribute = function("cuGraphKernelNodeGetAttribute", c_void_p, c_int, c_void_p)
         self._copy = function("cuGraphMemcpyNodeGetParams", c_void_p, c_void_p)
         self._fill = function("cuGraphMemsetNodeGetParams", c_void_p, c_void_p)
-        self._enqueue_kernel = function("cuLaunchKernelEx", c_void_p, c_void_p, c_void_p, c_void_p)
-        self._enqueue_fill = {
-            size: function(f"cuMemsetD{8 * size}Async", c_uint64, c_uint, c_size_t, c_void_p) for size in (1, 2, 4)
-        }
+        parameter = (c_void_p, c_size_t, c_void_p, c_void_p)
+        self._function_parameter = function("cuFuncGetParamInfo", *parameter)
+        self._kernel_parameter = function("cuKernelGetParamInfo", *parameter)
+        self._begin_capture = function("cuStreamBeginCapture_v2", c_void_p, c_int)
+        self._end_capture = function("cuStreamEndCapture", c_void_p, c_void_p)
+        self._destroy = function("cuGraphDestroy", c_void_p)
+        self._enqueue_kernel = driver.address("cuLaunchKernelEx")
+        self._enqueue_fill = {size: driver.address(f"cuMemsetD{8 * size}Async") for size in (1, 2, 4)}
 
     def of(self, graph: torch.cuda.CUDAGraph, stream: int) -> Callable[[], None]:
         """What enqueues everything in a graph that was captured with `keep_graph`, on that stream.
@@ -120,29 +153,102 @@ class Launches:
         Raises ValueError for what is neither a kernel nor a copy or a fill of one piece of memory.
         """
         kept: list[object] = [graph]  # it owns the arguments
-        calls: list[Callable[[], None]] = []
-        nodes = [(self._type_of(node), node, begins_early) for node, begins_early in self._in_order(graph)]
-        for kind, group in groupby(nodes, key=itemgetter(0)):
+        calls = []
+        for node, begins_early in self._in_order(graph.raw_cuda_graph()):
+            kind = self._type_of(node)
             if kind == _KERNEL:
-                kernels = [self._kernel_launch(node, stream, begins_early=early) for _, node, early in group]
-                kept += [launch for launch, _ in kernels]
-                calls.append(self._kernels_call(kernels))
+                launch, kernel = self._kernel_launch(node, stream, begins_early=begins_early)
+                kept.append(launch)
+                calls.append(self._kernel_call(launch, kernel))
             elif kind == _COPY:
-                calls += [self._copy_call(node, stream) for _, node, _ in group]
+                calls.append(self._copy_call(node, stream))
             elif kind == _FILL:
-                calls += [self._fill_call(node, stream) for _, node, _ in group]
+                calls.append(self._fill_call(node, stream))
             elif kind != _EMPTY:
                 raise ValueError(f"a node of type {kind}; expected a kernel, a copy or a fill")
-        return partial(_replay, kept, tuple(calls))
+        return partial(self._run, kept, DriverCalls(calls))
+
+    def for_layers(
+        self, work: Callable[[torch.Tensor], None], layers: torch.Tensor, stream: int
+    ) -> Callable[[int], None]:
+        """As `Device.for_layers`, for work that enqueues nothing but kernels on that stream, which is current.
+
+        Python enqueues the first layer that is asked for, so that the kernels are loaded and whatever else is made once
+        is made; the second one is captured, and those after it are that one with the addresses in it moved.
+        """
+        is_loaded = False
+        run: Callable[[int], None] | None = None
+        first_address = 0
+
+        def enqueue(layer: int) -> None:
+            nonlocal is_loaded, run, first_address
+            memory = layers[layer]
+            if not is_loaded:
+                is_loaded = True
+                work(memory)
+                return
+            if run is None:
+                first_address = memory.data_ptr()
+                run = self._moving(partial(work, memory), range(first_address, first_address + memory.nbytes), stream)
+            run(memory.data_ptr() - first_address)
+
+        return enqueue
+
+    def _moving(self, work: Callable[[], None], memory: range, stream: int) -> Callable[[int], None]:
+        """What enqueues the kernels of `work`, with all addresses in `memory` so many bytes further."""
+        calls, kept, words = [], [], []
+        graph = self._captured(work, stream)
+        try:
+            for node, begins_early in self._in_order(graph):
+                if (kind := self._type_of(node)) != _KERNEL:
+                    raise ValueError(f"a node of type {kind}; expected nothing but kernels")
+                launch, kernel = self._kernel_launch(node, stream, begins_early=begins_early)
+                arguments, pointers = self._copied_arguments(kernel)
+                kernel.arguments = addressof(pointers)
+                calls.append(self._kernel_call(launch, kernel))
+                kept += [launch, arguments, pointers]
+                found = np.frombuffer(arguments, dtype=np.uint64)
+                inside = np.flatnonzero((found >= memory.start) & (found < memory.stop))
+                words += [addressof(arguments) + _WORD_BYTES * int(index) for index in inside]
+        finally:
+            self._call(self._destroy, graph)
+        return partial(self._run, kept, DriverCalls(calls, words))
+
+    def _captured(self, work: Callable[[], None], stream: int) -> int:
+        """The graph of what `work` enqueues. Torch's way to capture takes far longer, and sets memory aside."""
+        graph = c_void_p()
+        with no_collection():
+            self._call(self._begin_capture, stream, _RELAXED)
+            try:
+                work()
+            finally:
+                self._call(self._end_capture, stream, byref(graph))
+        return graph.value or 0
+
+    def _copied_arguments(self, kernel: _Kernel) -> tuple[Any, Any]:
+        """A kernel's arguments as they lie in its parameter space, and the address of each."""
+        if kernel.extra:
+            raise ValueError("a kernel with its arguments in one piece; expected an address of each")
+        info = self._function_parameter if kernel.function else self._kernel_parameter
+        offset, size = c_size_t(), c_size_t()
+        places: list[tuple[int, int]] = []
+        while info(kernel.function or kernel.kernel, len(places), byref(offset), byref(size)) == 0:
+            places.append((offset.value, size.value))
+        num_bytes = sum(places[-1]) if places else 0
+        arguments = (c_uint64 * -(-num_bytes // _WORD_BYTES))()
+        pointers = (c_void_p * len(places))(*(addressof(arguments) + place for place, _ in places))
+        sources = cast(kernel.arguments, POINTER(c_void_p))
+        for index, (place, num_bytes) in enumerate(places):
+            memmove(addressof(arguments) + place, sources[index] or 0, num_bytes)
+        return arguments, pointers
 
     def _type_of(self, node: int) -> int:
         kind = c_int()
         self._call(self._type, node, byref(kind))
         return kind.value
 
-    def _in_order(self, captured: torch.cuda.CUDAGraph) -> list[tuple[int, bool]]:
+    def _in_order(self, graph: int) -> list[tuple[int, bool]]:
         """The nodes, each after those that it depends on, and whether it may begin before those end."""
-        graph = captured.raw_cuda_graph()
         nodes = (c_uint64 * self._count(self._nodes, graph, None))()
         self._call(self._nodes, graph, nodes, byref(c_size_t(len(nodes))))
         num_edges = self._count(self._edges, graph, None, None, None)
@@ -158,8 +264,8 @@ class Launches:
             ordered |= {node: node in early for node in waits_for if waits_for[node] <= ordered.keys()}
         return list(ordered.items())
 
-    def _kernel_launch(self, node: int, stream: int, *, begins_early: bool) -> tuple[_Launch, tuple[int, int, int]]:
-        """A launch's configuration, and the addresses of its function, of its arguments and of what is extra."""
+    def _kernel_launch(self, node: int, stream: int, *, begins_early: bool) -> tuple[_Launch, _Kernel]:
+        """A launch's configuration, and what is launched."""
         kernel = _Kernel()
         self._call(self._kernel, node, byref(kernel))
         attributes = []
@@ -174,34 +280,30 @@ class Launches:
             kernel.grid, kernel.block, kernel.shared_bytes, stream, (_Attribute * len(attributes))(*attributes),
             len(attributes),
         )  # fmt: skip
-        return launch, (kernel.function or kernel.kernel or 0, kernel.arguments or 0, kernel.extra or 0)
+        return launch, kernel
 
-    def _kernels_call(self, kernels: Sequence[tuple[_Launch, tuple[int, int, int]]]) -> Callable[[], None]:
-        """All of them in one call, without Python in between."""
-        enqueue = cast(self._enqueue_kernel, c_void_p).value
-        assert enqueue is not None
-        launches = KernelLaunches(enqueue, [(addressof(launch), *others) for launch, others in kernels])
+    def _kernel_call(self, launch: _Launch, kernel: _Kernel) -> Call:
+        function = kernel.function or kernel.kernel or 0
+        return (self._enqueue_kernel, addressof(launch), function, kernel.arguments or 0, kernel.extra or 0)
 
-        def call() -> None:
-            if code := launches.run():
-                self._driver.check(self._enqueue_kernel, code)
+    def _run(self, _: list[object], calls: DriverCalls, offset: int = 0) -> None:
+        """The calls, which need what else is given."""
+        self._driver.run(calls, offset)
 
-        return call
-
-    def _copy_call(self, node: int, stream: int) -> Callable[[], None]:
+    def _copy_call(self, node: int, stream: int) -> Call:
         copy = _Copy()
         self._call(self._copy, node, byref(copy))
         source, target = (end.device + end.x_bytes if end.device else 0 for end in (copy.source, copy.target))
         if not (source and target and copy.height == copy.depth == 1):
             raise ValueError(f"a copy of {copy.depth} x {copy.height} pieces; expected one, of mapped memory")
-        return partial(self._driver.copy, target, source, copy.width_bytes, stream)
+        return self._driver.copy(target, source, copy.width_bytes, stream)
 
-    def _fill_call(self, node: int, stream: int) -> Callable[[], None]:
+    def _fill_call(self, node: int, stream: int) -> Call:
         fill = _Fill()
         self._call(self._fill, node, byref(fill))
         if fill.height != 1:
             raise ValueError(f"a fill of {fill.height} pieces; expected one")
-        return partial(self._call, self._enqueue_fill[fill.element_bytes], fill.target, fill.value, fill.width, stream)
+        return (self._enqueue_fill[fill.element_bytes], fill.target, fill.value, fill.width, stream)
 
     def _count(self, function: Any, graph: int, *nothing: None) -> int:
         count = c_size_t()
@@ -210,8 +312,3 @@ class Launches:
 
     def _call(self, function: Any, *arguments: Any) -> None:
         self._driver.check(function, function(*arguments))
-
-
-def _replay(_: list[object], calls: Sequence[Callable[[], None]]) -> None:
-    for call in calls:
-        call()

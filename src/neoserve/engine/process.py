@@ -6,6 +6,7 @@ input that closes when the front end is gone, however it died.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -75,6 +76,8 @@ class EngineLoop:
             traceback.print_exc()
             self._send(StartFailed(describe(NeoError(f"the engine failed to start: {type(error).__name__}: {error}"))))
             return None
+        gc.collect()
+        gc.freeze()  # the model's objects stay: to look through them again and again would delay iterations
         self._send(Ready(core.info))
         return core
 

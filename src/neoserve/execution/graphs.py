@@ -22,6 +22,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 LAP_BUCKETS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128)
 STAGE_BUCKETS = (16, 32, 64, 96, 128, 192, 256)
-MORE_STAGE_BUCKETS = (320, 384, 448, 512, 640, 768)
+MORE_STAGE_BUCKETS = (320, 384, 432, 512, 640, 768)
 """For short layers. Rows beyond the largest keep a GPU busy for longer than it takes to enqueue them by kernel."""
 MAX_RECORD_S = 25.0
 MAX_RECORD_BYTES = 2**31
@@ -102,6 +103,8 @@ class RecordedLinear:
     POST(i - 1) and PRE(i) stand side by side in every program, so `post` leaves its work to the `pre` that follows;
     only the last one replays its own.
     """
+
+    stays: ClassVar[bool] = True
 
     def __init__(self, rows: Rows, steps: Sequence[Replay], shape: ModelShape) -> None:
         self._rows = rows

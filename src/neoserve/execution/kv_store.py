@@ -71,9 +71,9 @@ class KVStore:
         pools = (self.device_LN2KPD, block_ids, self.host_LNX, host_block_ids)
         self._device.ops.block_copies(*pools, to_host=to_host).run(0, 0, self.num_layers)
 
-    def staging(self, layer: int) -> torch.Tensor:
-        """The staging area that `layer` uses, kv_N2KPD."""
-        return self.staging_LN2KPD[layer % 2]
+    def staging_area(self, layer: int) -> int:
+        """Which staging area `layer` uses."""
+        return layer % 2
 
     def wait_for_area(self, layer: int) -> None:
         """On the stream: later work waits until what the area's last layer left there has been stored."""
@@ -91,11 +91,11 @@ class KVStore:
 
     def load_staging(self, layer: int, copies: BlockCopies) -> Completion:
         """Submit: bring one layer of earlier chunks' KV to its area."""
-        return self._device.submit_copies(lambda: copies.run(layer % 2, layer))
+        return self._device.submit_copies(lambda: copies.run(self.staging_area(layer), layer))
 
     def store_staging(self, layer: int, copies: BlockCopies) -> None:
         """Submit: take one layer of a chunk's KV from its area to the host pool."""
-        stored = self._device.submit_copies(lambda: copies.run(layer % 2, layer))
+        stored = self._device.submit_copies(lambda: copies.run(self.staging_area(layer), layer))
         self._last_copy = self._stored[layer % 4] = stored
 
 

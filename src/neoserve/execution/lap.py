@@ -5,8 +5,10 @@ Shape letters: T rows, C = H + 2K heads of a fused qkv row, H query heads, K kv 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -77,8 +79,7 @@ class Lap:
         if sub_batch.host_decode:
             self.native = shop.handoffs[sub_batch.index].begin(sub_batch.host_decode)
         self._linear: Linear = EagerLinear(shop.model)
-        self._device_groups: list[tuple[slice, PagedAttention]] = []
-        self._staged: tuple[slice, StagedPrefill] | None = None
+        self._attends: list[Callable[[int], None]] = []
         self._exchange: Exchange | None = None
         self._sampling_rows = torch.empty(0)
         requests = {rows.request_id: sequences[rows.request_id].request for rows in sub_batch.rows}
@@ -139,16 +140,28 @@ class Lap:
     def _plan_attention(self) -> None:
         shop, inputs = self._shop, self._inputs
         plan = shop.device.ops.plan_attention
+        groups = []
         if inputs.device_prefill is not None:
             rows, batch = inputs.device_prefill
-            self._device_groups.append((rows, plan(batch, decode=False)))
+            groups.append((rows, plan(batch, decode=False)))
         if inputs.device_decode is not None:
             rows, batch = inputs.device_decode
-            self._device_groups.append((rows, plan(batch, decode=True)))
+            groups.append((rows, plan(batch, decode=True)))
+        if groups:
+            self._attends.append(self._for_layers(groups, shop.store.device_LN2KPD))
         if inputs.host_prefill is not None and inputs.staging is not None:
             rows, batch = inputs.host_prefill
-            attention = plan(batch, decode=False)
-            self._staged = (rows, StagedPrefill(shop.device, shop.store, attention, inputs.staging))
+            attend = self._for_layers([(rows, plan(batch, decode=False))], shop.store.staging_LN2KPD)
+            self._attends.append(StagedPrefill(shop.device, shop.store, attend, inputs.staging).attend)
+
+    def _for_layers(
+        self, groups: Ordered[tuple[slice, PagedAttention]], kv_LN2KPD: torch.Tensor
+    ) -> Callable[[int], None]:
+        """The attention of groups of rows, by layer of the KV."""
+        work = partial(_attend, self._linear, groups)
+        if self._linear.stays:
+            return self._shop.device.for_layers(work, kv_LN2KPD)
+        return lambda layer: work(kv_LN2KPD[layer])
 
     def pre(self, layer: int) -> None:
         """PRE: norm, q k v projection, rope."""
@@ -162,13 +175,8 @@ class Lap:
 
     def attend(self, layer: int) -> None:
         """ATTEND: append k, v of the prefill and device-decode rows, and attend for them."""
-        kv_N2KPD = self._shop.store.device_LN2KPD[layer]
-        for rows, attention in self._device_groups:
-            q_THD, k_TKD, v_TKD, out_THD = self._linear.attention_rows(rows)
-            attention.run(q_THD, k_TKD, v_TKD, kv_N2KPD, out_THD)
-        if self._staged is not None:
-            rows, staged = self._staged
-            staged.attend(layer, *self._linear.attention_rows(rows))
+        for attend in self._attends:
+            attend(layer)
 
     def recv(self) -> None:
         """RECV: attention output of the host rows is there."""
@@ -192,7 +200,15 @@ class Lap:
         )
         # The lap lives until its tokens are collected; its rows' memory is the next lap's.
         self._linear = EagerLinear(shop.model)
+        self._attends = []
 
     def tokens(self) -> tuple[SampledToken, ...]:
         """One entry for each `Rows` of the sub-batch, in order; the lap's work must be done."""
         return self._head.tokens(self._inputs.sampling)
+
+
+def _attend(linear: Linear, groups: Ordered[tuple[slice, PagedAttention]], kv_N2KPD: torch.Tensor) -> None:
+    """Append k, v of the groups' rows to one layer's KV, and attend for them."""
+    for rows, attention in groups:
+        q_THD, k_TKD, v_TKD, out_THD = linear.attention_rows(rows)
+        attention.run(q_THD, k_TKD, v_TKD, kv_N2KPD, out_THD)

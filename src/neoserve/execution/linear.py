@@ -5,7 +5,7 @@ Shape letters: T rows, C = H + 2K heads of a fused qkv row, H query heads, K kv 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -31,8 +31,10 @@ class Linear(Protocol):
     """The linear work of one lap's rows, on the stream: `embed`, then `pre` and `post` of each layer in turn.
 
     qkv_TCD: what `pre` made. attn_THD: where attention writes, and what `post` reads. x_TE: what the last `post` left
-    for the head.
+    for the head. stays: whether those are the same tensors for all layers.
     """
+
+    stays: ClassVar[bool]
 
     @property
     def qkv_TCD(self) -> torch.Tensor: ...
@@ -61,6 +63,8 @@ _NOTHING = torch.empty(0)
 
 class EagerLinear:
     """`Linear`, enqueued kernel by kernel, in tensors of the lap's own, each given back once nobody reads it."""
+
+    stays: ClassVar[bool] = False
 
     def __init__(self, model: Decoder) -> None:
         self._model = model

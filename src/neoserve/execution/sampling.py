@@ -204,6 +204,8 @@ class SamplingState:
         tokens_V[self._upload(np.unique(np.array(prompt_ids, np.int64)))] += _IN_PROMPT
 
     def _additions(self, slots: np.ndarray, num_generated: np.ndarray) -> Additions | None:
+        if not (self._biases or self._stop_ids):
+            return None
         rows: list[tuple[np.ndarray, np.ndarray]] = []
         for slot, count in zip(slots.tolist(), num_generated.tolist(), strict=True):
             banned = self._stop_ids.get(slot)

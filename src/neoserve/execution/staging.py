@@ -7,36 +7,36 @@ between two sub-batches has its blocks there once: the second part finds what th
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
 
-from neoserve.device.base import Device, PagedAttention
+from neoserve.device.base import Device
 from neoserve.execution.inputs import StagingCopies
 from neoserve.execution.kv_store import KVStore
 
 
 class StagedPrefill:
-    """Attention of the HOST prompts of one lap, layer after layer. Made and used on the stream."""
+    """Attention of the HOST prompts of one lap, layer after layer. Made and used on the stream.
 
-    def __init__(self, device: Device, store: KVStore, attention: PagedAttention, copies: StagingCopies) -> None:
+    attend: appends k and v and attends, in one of the areas.
+    """
+
+    def __init__(self, device: Device, store: KVStore, attend: Callable[[int], None], copies: StagingCopies) -> None:
         self._device = device
         self._store = store
-        self._attention = attention
+        self._attend = attend
         load = device.upload(copies.load_staging), device.upload(copies.load_host)
         stored = device.upload(copies.store_staging), device.upload(copies.store_host)
         self._loads = store.staging_copies(*load, to_host=False)
         self._stores = store.staging_copies(*stored, to_host=True)
         self._loaded = store.load_staging(0, self._loads) if len(copies.load_host) else None
 
-    def attend(
-        self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, out_THD: torch.Tensor
-    ) -> None:
-        """Append k and v, attend into `out_THD`, and let the chunk's KV go to the host."""
+    def attend(self, layer: int) -> None:
+        """Append k and v, attend, and let the chunk's KV go to the host."""
         if self._loaded is not None:
             self._device.wait_for(self._loaded)
             if layer + 1 < self._store.num_layers:
                 self._loaded = self._store.load_staging(layer + 1, self._loads)
         else:
             self._store.wait_for_area(layer)
-        area = self._store.staging(layer)
-        self._attention.run(q_THD, k_TKD, v_TKD, area, out_THD)
+        self._attend(self._store.staging_area(layer))
         self._store.store_staging(layer, self._stores)

@@ -42,7 +42,8 @@ class PagedBatch:
 
 
 class PagedAttention(Protocol):
-    """One `PagedBatch` planned for a device: built once a lap, run once a layer."""
+    """One `PagedBatch` planned for a device: built once a lap, run once a layer, always with the same memory for what
+    lies in between."""
 
     def run(
         self,

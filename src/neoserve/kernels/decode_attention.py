@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -148,6 +149,18 @@ _launch_attend = Launcher(_attend_chunks, num_warps=_WARPS, num_stages=_STAGES)
 _launch_merge = Launcher(_merge_chunks, num_warps=1)
 
 
+class Partials(NamedTuple):
+    """Results of chunks, fp32: values [W, H, D], and log2 of the sums of weights [W, H]."""
+
+    values_WHD: torch.Tensor
+    weight_WH: torch.Tensor
+
+    @classmethod
+    def allocate(cls, num_chunks: int, num_heads: int, head_dim: int, device: torch.device) -> Partials:
+        size = (num_chunks, num_heads)
+        return cls(*(torch.empty(shape, dtype=torch.float32, device=device) for shape in ((*size, head_dim), size)))
+
+
 def attend_decode(
     arrays: DecodeArrays,
     q_BHD: torch.Tensor,
@@ -157,17 +170,18 @@ def attend_decode(
     out_BHD: torch.Tensor,
     *,
     dependent: bool,
+    partials: Partials | None = None,
 ) -> None:
     """Append each sequence's k and v at its last token's place, and attend, softmax scale D**-0.5.
 
-    q, k and v may be views of fused rows; their heads must be dense. P and D must be powers of two.
+    q, k and v may be views of fused rows; their heads must be dense. P and D must be powers of two. partials: memory
+    for them, if there is some that stays.
     """
     num_kv_heads, block_size, head_dim = kv_N2KPD.shape[2:]
     num_sequences, num_heads = q_BHD.shape[:2]
     group = num_heads // num_kv_heads
     num_chunks = arrays.chunk_sequence.numel()
-    partial_WHD = torch.empty((num_chunks, num_heads, head_dim), dtype=torch.float32, device=q_BHD.device)
-    weight_WH = torch.empty((num_chunks, num_heads), dtype=torch.float32, device=q_BHD.device)
+    values_WHD, weight_WH = partials or Partials.allocate(num_chunks, num_heads, head_dim, q_BHD.device)
     group_tile = max(_SMALLEST_DOT, triton.next_power_of_2(group))
     _launch_attend(
         (num_kv_heads, num_chunks, 1),
@@ -180,7 +194,7 @@ def attend_decode(
         arrays.lengths,
         arrays.chunk_sequence,
         arrays.chunk_start,
-        partial_WHD,
+        values_WHD,
         weight_WH,
         q_BHD.stride(0),
         k_BKD.stride(0),
@@ -192,7 +206,7 @@ def attend_decode(
     _launch_merge(
         (num_heads, num_sequences, 1),
         out_BHD,
-        partial_WHD,
+        values_WHD,
         weight_WH,
         arrays.chunk_start,
         constants=(num_heads, head_dim, _MERGE_TILE, dependent),
@@ -202,10 +216,14 @@ def attend_decode(
 
 @dataclass(frozen=True, slots=True)
 class DecodeAttention:
-    """`kernels.base.PagedAttention` of a decode batch. dependent: whether the GPU has dependent launches."""
+    """`kernels.base.PagedAttention` of a decode batch.
+
+    dependent: whether the GPU has dependent launches. partials: memory for them; `None` where each run has its own.
+    """
 
     arrays: DecodeArrays
     dependent: bool
+    partials: Partials | None = None
 
     def run(
         self,
@@ -215,7 +233,9 @@ class DecodeAttention:
         kv_N2KPD: torch.Tensor,
         out_THD: torch.Tensor,
     ) -> None:
-        attend_decode(self.arrays, q_THD, k_TKD, v_TKD, kv_N2KPD, out_THD, dependent=self.dependent)
+        attend_decode(
+            self.arrays, q_THD, k_TKD, v_TKD, kv_N2KPD, out_THD, dependent=self.dependent, partials=self.partials
+        )
 
 
 class FusedDecodePlans:

@@ -12,7 +12,7 @@ import torch
 
 from neoserve.core.config import ModelShape
 from neoserve.kernels.base import DecodePlans, Heads, PagedAttention, PagedBatch
-from neoserve.kernels.decode_attention import DecodeAttention, FusedDecodePlans
+from neoserve.kernels.decode_attention import DecodeAttention, FusedDecodePlans, Partials
 from neoserve.kernels.decode_plans import DecodePlanBuffer, planned
 from neoserve.kernels.flashinfer_ops import FlashInferOps
 from neoserve.kernels.row_kernels import add_norm, rope_heads
@@ -41,8 +41,11 @@ class FusedOps(FlashInferOps):
     def plan_attention(self, batch: PagedBatch, *, decode: bool) -> PagedAttention:
         if not decode:
             return super().plan_attention(batch, decode=False)
-        arrays = planned(batch, self._num_chunks(batch.num_sequences), self._device)
-        return DecodeAttention(arrays, self._dependent)
+        num_chunks = self._num_chunks(batch.num_sequences)
+        arrays = planned(batch, num_chunks, self._device)
+        geometry = self._geometry
+        partials = Partials.allocate(num_chunks, geometry.num_query_heads, geometry.head_dim, self._device)
+        return DecodeAttention(arrays, self._dependent, partials)
 
     def decode_plans(self, sizes: tuple[int, ...], max_blocks: int, padding_block: int) -> DecodePlans:
         num_chunks = {size: self._num_chunks(size) for size in sizes}

@@ -116,13 +116,16 @@ class Splitter:
         than none and than many. As many as are wanted unless another number is clearly better.
 
         Both with `balance` prompt rows for each token, up to `most_rows` in an iteration, and without: who enters has
-        to be served on when there are no more prompts.
+        to be served on when there are no more prompts. The first prompt is half computed, as on average it is where
+        each takes several iterations.
         """
         tokens = host.host_tokens // host.rows
         length = max(tokens, most_rows // _MOST_PROMPTS)
-        prompts = (Chunk(Tier.HOST, 0, length, samples=True),) * (most_rows // length + 1)
 
         def rate(num_host: int, pace: float) -> float:
+            tier, half = Tier.HOST if num_host else Tier.DEVICE, length // 2
+            begun, whole = Chunk(tier, half, length - half, samples=True), Chunk(tier, 0, length, samples=True)
+            prompts = (begun, *(whole,) * (most_rows // length + 1))
             work = Work(reference, device, prompts, Pace(pace), (tokens,) * num_host, None, 0, must_run_host=False)
             if not (device.rows or num_host):
                 return 0.0

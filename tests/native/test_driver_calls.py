@@ -1,0 +1,63 @@
+"""Calls of the driver, with a function of Python in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ctypes import CFUNCTYPE, POINTER, addressof, c_int, c_uint64, c_void_p, cast
+
+from neoserve import _native
+
+ARGUMENTS = [(1, 2, 3, 0), (2**63, 5, 0, 6), (7, 8, 9, 0)]
+
+
+def address_of(enqueue: object) -> int:
+    address = cast(enqueue, c_void_p).value  # type: ignore[arg-type]
+    assert address is not None
+    return address
+
+
+def driver(enqueue: Callable[..., int]) -> object:
+    """A function that takes the place of the driver's."""
+    return CFUNCTYPE(c_int, c_uint64, c_uint64, c_uint64, c_uint64)(enqueue)
+
+
+def run(codes: list[int]) -> tuple[int, list[tuple[int, ...]]]:
+    """What comes back when the calls return `codes`, and with what the function was called."""
+    calls: list[tuple[int, ...]] = []
+
+    def enqueue(*addresses: int) -> int:
+        calls.append(addresses)
+        return codes[len(calls) - 1]
+
+    function = driver(enqueue)
+    address = address_of(function)
+    return _native.DriverCalls([(address, *arguments) for arguments in ARGUMENTS]).run(), calls
+
+
+def test_all_are_made_in_order() -> None:
+    assert run([0, 0, 0]) == (0, ARGUMENTS)
+
+
+def test_none_is_made_after_an_error() -> None:
+    assert run([0, 700, 0]) == (700, ARGUMENTS[:2])
+
+
+def test_moving_words_are_so_far_from_where_they_began_and_others_stay() -> None:
+    arguments = (c_uint64 * 3)(1000, 2**40, 2**64 - 1)
+    seen: list[list[int]] = []
+
+    def enqueue(configuration: int, function: int, address: int, extra: int) -> int:
+        seen.append(list(cast(address, POINTER(c_uint64))[:3]))
+        return 0
+
+    function = driver(enqueue)
+    words = [addressof(arguments) + 8 * index for index in (1, 2)]
+    calls = _native.DriverCalls([(address_of(function), 1, 2, addressof(arguments), 0)], moving=words)
+    for offset in (0, 64, -64, 2**33):
+        assert calls.run(offset) == 0
+    assert seen == [
+        [1000, 2**40, 2**64 - 1],
+        [1000, 2**40 + 64, 63],
+        [1000, 2**40 - 64, 2**64 - 65],
+        [1000, 2**40 + 2**33, 2**33 - 1],
+    ]
