@@ -18,7 +18,7 @@ from neoserve.scheduling.sequence import Sequence
 from neoserve.scheduling.split import Splitter
 
 _FORESIGHT = 64  # waiting requests that count when judging whether host rows will pay
-_HOST_JUDGEMENT_AGE = 64  # iterations for which that judgement holds
+_HOST_JUDGEMENT_US = 2e6  # of iterations, for which that judgement holds: it takes some 10 ms
 _JUDGEMENT_AGE = 8  # iterations for which all else does
 _FILLED = 0.7  # of the host rows that are wanted: until there are so many, prompts come first
 
@@ -49,7 +49,8 @@ class Admission:
         self._cost = cost
         self._splitter = splitter
         self._host_rows_wanted = 0
-        self._judged_at = -_HOST_JUDGEMENT_AGE
+        self._elapsed_us = 0.0
+        self._judged_at_us = -_HOST_JUDGEMENT_US
         self._refused = ("", -1, -1)  # head of the queue, residents that left, time: nothing new since it was refused
         self._outlook = Outlook(Load(), 0.0)
         self._looked_at = -_JUDGEMENT_AGE
@@ -86,6 +87,10 @@ class Admission:
         sequence = Sequence(request, self.free_slots.pop(), residence, self._placement.max_new_tokens(request))
         running[request.request_id] = sequence
         return sequence
+
+    def observe(self, elapsed_us: float) -> None:
+        """An iteration took so long."""
+        self._elapsed_us += elapsed_us
 
     @property
     def waits_for_device(self) -> bool:
@@ -135,8 +140,8 @@ class Admission:
         be worth having than there are, and those leave the worker pool time for one more."""
         device, host = _resident_load(running)
         limit_us = self._splitter.host_lap_limit_us(device)
-        if iteration - self._judged_at >= _HOST_JUDGEMENT_AGE:
-            self._judged_at = iteration
+        if self._elapsed_us - self._judged_at_us >= _HOST_JUDGEMENT_US:
+            self._judged_at_us = self._elapsed_us
             future = self._future_host_load(host, limit_us)
             reference, balance = self.outlook(running, iteration)
             self._host_rows_wanted = (
