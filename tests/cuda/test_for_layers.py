@@ -1,6 +1,7 @@
 """Work on one layer of a tensor, done at the addresses of the others."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -62,14 +63,32 @@ def test_what_the_work_raises_comes_out_and_later_work_is_done(device: CudaDevic
         device.submit(lambda: enqueue(1)).wait()
     fails = False
     for layer in (1, 2, 3):
-        device.submit(lambda layer=layer: enqueue(layer)).wait()
+        device.submit(partial(enqueue, layer)).wait()
     assert layers[:, -1].tolist() == [1, 1, 1, 1]
 
 
-def test_work_that_is_not_only_kernels_is_refused(device: CudaDevice) -> None:
-    layers, source = (torch.ones(4, 1000, device=device.torch_device) for _ in range(2))
+def test_work_that_is_not_only_kernels_is_done_too(device: CudaDevice) -> None:
+    layers, source = torch.zeros(4, 1000, device=device.torch_device), torch.ones(1000, device=device.torch_device)
     device.synchronise()
-    enqueue = device.for_layers(lambda layer: layer.copy_(source[0]), layers)  # type: ignore[arg-type, return-value]
-    device.submit(lambda: enqueue(0)).wait()
-    with pytest.raises(ValueError, match="expected nothing but kernels"):
-        device.submit(lambda: enqueue(1)).wait()
+
+    def work(layer: torch.Tensor) -> None:
+        layer.copy_(source)
+
+    enqueue = device.for_layers(work, layers)
+    for layer in (3, 1, 2):
+        device.submit(partial(enqueue, layer)).wait()
+    assert layers[:, -1].tolist() == [0, 1, 1, 1]
+
+
+def test_work_on_something_else_is_done_too(device: CudaDevice) -> None:
+    """No argument of its kernels is an address in the layer."""
+    layers, other = (torch.zeros(4, 1000, device=device.torch_device) for _ in range(2))
+    device.synchronise()
+
+    def work(layer: torch.Tensor) -> None:
+        other.add_(1)
+
+    enqueue = device.for_layers(work, layers)
+    for layer in range(4):
+        device.submit(partial(enqueue, layer)).wait()
+    assert (other == 4).all()

@@ -171,38 +171,21 @@ class Launches:
     def for_layers(
         self, work: Callable[[torch.Tensor], None], layers: torch.Tensor, stream: int
     ) -> Callable[[int], None]:
-        """As `Device.for_layers`, for work that enqueues nothing but kernels on that stream, which is current.
+        """As `Device.for_layers`, for work on that stream, which is current."""
+        return _ForLayers(self, work, layers, stream)
 
-        Python enqueues the first layer that is asked for, so that the kernels are loaded and whatever else is made once
-        is made; the second one is captured, and those after it are that one with the addresses in it moved.
-        """
-        is_loaded = False
-        run: Callable[[int], None] | None = None
-        first_address = 0
-
-        def enqueue(layer: int) -> None:
-            nonlocal is_loaded, run, first_address
-            memory = layers[layer]
-            if not is_loaded:
-                is_loaded = True
-                work(memory)
-                return
-            if run is None:
-                first_address = memory.data_ptr()
-                run = self._moving(partial(work, memory), range(first_address, first_address + memory.nbytes), stream)
-            run(memory.data_ptr() - first_address)
-
-        return enqueue
-
-    def _moving(self, work: Callable[[], None], memory: range, stream: int) -> Callable[[int], None]:
-        """What enqueues the kernels of `work`, with all addresses in `memory` so many bytes further."""
+    def moving(self, work: Callable[[], None], memory: range, stream: int) -> Callable[[int], None] | None:
+        """What enqueues the kernels of `work` with all addresses in `memory` so many bytes further; `None` if it has
+        none there, or enqueues anything else. Nothing is enqueued by this."""
         calls, kept, words = [], [], []
         graph = self._captured(work, stream)
         try:
             for node, begins_early in self._in_order(graph):
-                if (kind := self._type_of(node)) != _KERNEL:
-                    raise ValueError(f"a node of type {kind}; expected nothing but kernels")
+                if self._type_of(node) != _KERNEL:
+                    return None
                 launch, kernel = self._kernel_launch(node, stream, begins_early=begins_early)
+                if kernel.extra:  # its arguments are in one piece
+                    return None
                 arguments, pointers = self._copied_arguments(kernel)
                 kernel.arguments = addressof(pointers)
                 calls.append(self._kernel_call(launch, kernel))
@@ -212,7 +195,7 @@ class Launches:
                 words += [addressof(arguments) + _WORD_BYTES * int(index) for index in inside]
         finally:
             self._call(self._destroy, graph)
-        return partial(self._run, kept, DriverCalls(calls, words))
+        return partial(self._run, kept, DriverCalls(calls, words)) if words else None
 
     def _captured(self, work: Callable[[], None], stream: int) -> int:
         """The graph of what `work` enqueues. Torch's way to capture takes far longer, and sets memory aside."""
@@ -227,8 +210,6 @@ class Launches:
 
     def _copied_arguments(self, kernel: _Kernel) -> tuple[Any, Any]:
         """A kernel's arguments as they lie in its parameter space, and the address of each."""
-        if kernel.extra:
-            raise ValueError("a kernel with its arguments in one piece; expected an address of each")
         info = self._function_parameter if kernel.function else self._kernel_parameter
         offset, size = c_size_t(), c_size_t()
         places: list[tuple[int, int]] = []
@@ -312,3 +293,36 @@ class Launches:
 
     def _call(self, function: Any, *arguments: Any) -> None:
         self._driver.check(function, function(*arguments))
+
+
+class _ForLayers:
+    """What `Launches.for_layers` returns.
+
+    Python enqueues the first layer that is asked for, so that the kernels are loaded and whatever else is made once is
+    made. The second one is captured; it and those after it are that capture with the addresses in the layer moved. What
+    cannot be moved is enqueued by Python.
+    """
+
+    def __init__(
+        self, launches: Launches, work: Callable[[torch.Tensor], None], layers: torch.Tensor, stream: int
+    ) -> None:
+        self._launches = launches
+        self._work = work
+        self._layers = layers
+        self._stream = stream
+        self._num_enqueued = 0
+        self._move: Callable[[int], None] | None = None
+        self._captured_at = 0
+
+    def __call__(self, layer: int) -> None:
+        memory = self._layers[layer]
+        address = memory.data_ptr()
+        if self._num_enqueued == 1:
+            self._captured_at = address
+            work = partial(self._work, memory)
+            self._move = self._launches.moving(work, range(address, address + memory.nbytes), self._stream)
+        if self._move is not None:
+            self._move(address - self._captured_at)
+        else:
+            self._work(memory)
+        self._num_enqueued += 1
