@@ -11,7 +11,7 @@ ARGUMENTS = [(1, 2, 3, 0), (2**63, 5, 0, 6), (7, 8, 9, 0)]
 
 
 def address_of(enqueue: object) -> int:
-    address = cast(enqueue, c_void_p).value  # type: ignore[arg-type]
+    address = cast(enqueue, c_void_p).value
     assert address is not None
     return address
 

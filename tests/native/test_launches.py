@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from neoserve._native import DriverCalls
-from neoserve.device.launches import Launches
+from neoserve.device.launches import ForLayers, Launches
 
 STREAM = 77
 KERNEL, COPY = 0, 1
@@ -18,8 +18,8 @@ INVALID_VALUE = 1
 
 
 class CpuDriver:
-    """As much of the driver as `Launches.for_layers` calls. A kernel adds to the float that its arguments point to, and
-    what it adds is another argument, four bytes long.
+    """As much of the driver as `ForLayers` needs. A kernel adds to the integer that its first argument points to; what
+    it adds is the second, four bytes long.
 
     captured: while a stream is captured, what was launched: the type of its node, and its arguments.
     """
@@ -116,7 +116,7 @@ def layers() -> torch.Tensor:
 
 
 def for_layers(driver: CpuDriver, work: Callable[[torch.Tensor], None], layers: torch.Tensor) -> Callable[[int], None]:
-    return Launches(driver).for_layers(work, layers, STREAM)  # type: ignore[arg-type]
+    return ForLayers(Launches(driver), work, layers, STREAM)
 
 
 def test_what_one_layer_enqueues_is_enqueued_at_the_others(driver: CpuDriver, layers: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from neoserve.core.config import DType, ModelShape
 from neoserve.core.errors import ConfigError
 from neoserve.device.base import Completion, Copy, Device, Exchange, Flag, Mark, Transfer
 from neoserve.device.driver import Call, Driver
-from neoserve.device.launches import Launches, no_collection
+from neoserve.device.launches import ForLayers, Launches, no_collection
 from neoserve.device.registration import RegisteredMemory
 from neoserve.kernels.flashinfer_ops import FlashInferOps
 from neoserve.kernels.fused_ops import FusedOps
@@ -173,7 +173,7 @@ class CudaDevice(Device):
     def for_layers(self, work: Callable[[torch.Tensor], None], layers: torch.Tensor) -> Callable[[int], None]:
         if self._launches is None:
             return super().for_layers(work, layers)
-        return self._launches.for_layers(work, layers, self._compute.cuda_stream)
+        return ForLayers(self._launches, work, layers, self._compute.cuda_stream)
 
     def _shared_pool(self) -> Any:
         if self._shared_recording is None:

@@ -29,12 +29,12 @@ class Driver:
 
     def __init__(self) -> None:
         self._lib = ctypes.CDLL("libcuda.so.1")
-        # With the types declared, ctypes takes plain integers: a call costs a microsecond.
         self._record_event = self.address("cuEventRecord")
         self._wait_event = self.address("cuStreamWaitEvent")
         self._copy = self.address("cuMemcpyAsync")
         self._write_value = self.address("cuStreamWriteValue32_v2")
         self._wait_value = self.address("cuStreamWaitValue32_v2")
+        # With the types declared, ctypes takes plain integers: a call costs a microsecond.
         self._device_pointer = self.function("cuMemHostGetDevicePointer_v2", c_void_p, c_void_p, c_uint)
         self._register = self.function("cuMemHostRegister_v2", c_void_p, c_size_t, c_uint)
         self._unregister = self.function("cuMemHostUnregister", c_void_p)

@@ -168,12 +168,6 @@ class Launches:
                 raise ValueError(f"a node of type {kind}; expected a kernel, a copy or a fill")
         return partial(self._run, kept, DriverCalls(calls))
 
-    def for_layers(
-        self, work: Callable[[torch.Tensor], None], layers: torch.Tensor, stream: int
-    ) -> Callable[[int], None]:
-        """As `Device.for_layers`, for work on that stream, which is current."""
-        return _ForLayers(self, work, layers, stream)
-
     def moving(self, work: Callable[[], None], memory: range, stream: int) -> Callable[[int], None] | None:
         """What enqueues the kernels of `work` with all addresses in `memory` so many bytes further; `None` if it has
         none there, or enqueues anything else. Nothing is enqueued by this."""
@@ -215,8 +209,8 @@ class Launches:
         places: list[tuple[int, int]] = []
         while info(kernel.function or kernel.kernel, len(places), byref(offset), byref(size)) == 0:
             places.append((offset.value, size.value))
-        num_bytes = sum(places[-1]) if places else 0
-        arguments = (c_uint64 * -(-num_bytes // _WORD_BYTES))()
+        total_bytes = sum(places[-1]) if places else 0
+        arguments = (c_uint64 * -(-total_bytes // _WORD_BYTES))()
         pointers = (c_void_p * len(places))(*(addressof(arguments) + place for place, _ in places))
         sources = cast(kernel.arguments, POINTER(c_void_p))
         for index, (place, num_bytes) in enumerate(places):
@@ -295,8 +289,8 @@ class Launches:
         self._driver.check(function, function(*arguments))
 
 
-class _ForLayers:
-    """What `Launches.for_layers` returns.
+class ForLayers:
+    """As `Device.for_layers`, for work on that stream, which is current.
 
     Python enqueues the first layer that is asked for, so that the kernels are loaded and whatever else is made once is
     made. The second one is captured; it and those after it are that capture with the addresses in the layer moved. What
