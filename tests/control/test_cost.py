@@ -199,6 +199,33 @@ def test_what_fills_a_recording_is_not_far_fewer_prompt_rows(wanted: int, decode
     assert filling == wanted or filling + decode_rows in sizes
 
 
+UNEVEN = Curve(((1, 100.0), (64, 110.0), (128, 200.0), (256, 400.0), (320, 590.0), (384, 592.0), (448, 720.0)))
+"""Linear layers that arithmetic bounds from 128 rows on, with 320 rows for almost the price of 384."""
+
+
+@pytest.mark.parametrize(
+    ("wanted", "decode_rows", "expected"),
+    [
+        (340, 20, 364),  # 384 rows take less time each
+        (310, 0, 310),  # they are too far
+        (400, 20, 364),  # also fewer may
+        (90, 10, 90),  # reads bound both 100 and 128
+        (20, 300, 20),  # one of few prompt rows must be near them
+    ],
+)
+def test_beyond_what_is_recorded_prompts_make_up_the_number_of_rows_that_takes_the_least_time_each(
+    wanted: int, decode_rows: int, expected: int
+) -> None:
+    for recorded in ((), (16, 64)):
+        assert CostModel(table(linear=UNEVEN, recorded_rows=recorded), SHAPE).filling(wanted, decode_rows) == expected
+
+
+def test_a_prefill_row_is_worth_what_it_costs_among_many() -> None:
+    """By the last half of what was measured, so that one odd number of rows says little."""
+    costs = table(linear=Curve(((1, 100.0), (1024, 1000.0), (1920, 2100.0), (2048, 2024.0))))
+    assert CostModel(costs, SHAPE).prefill_row_us() == pytest.approx(SHAPE.num_layers)
+
+
 def test_a_model_that_is_wrong_by_a_factor_learns_it_for_that_kind_alone() -> None:
     model = CostModel(table(), SHAPE)
     decode, prefill = Load.device_decode(2, 10), Load.prefill(Tier.DEVICE, 0, 4, samples=True)

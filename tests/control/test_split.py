@@ -83,12 +83,12 @@ def test_prompts_keep_pace_where_host_rows_would_do_better_in_every_iteration(nu
     assert sum(choice.prefill_rows) == 10 * (DEVICE.rows + num_host)
 
 
-@pytest.mark.parametrize("pace", [30.0, 36.0, 40.0])
+@pytest.mark.parametrize("pace", [27.0, 28.0, 30.0])
 def test_while_the_host_tier_fills_prompts_come_rather_faster_than_at_their_pace(pace: float) -> None:
-    """Host rows pay beside 650 prompt rows, which are too few for 30 tokens, and not beside 1,080; with those that pay
-    at the moment, as many sequences would end as come."""
+    """Host rows pay beside too few prompt rows for the tokens, and not beside more; with those that pay at the moment,
+    as many sequences would end as come."""
     cost = CostModel(replace(CostTable.rough(LARGE, launch_us=24.0), linear=Curve(H200_LINEAR_US)), LARGE)
-    host, chunks = (1030,) * 12, (prompt(1000, Tier.HOST), prompt(1048))
+    host, chunks = (1030,) * 5, (prompt(1000, Tier.HOST), prompt(1048))
     fills, pays = (
         Splitter(cost, LARGE.num_layers, Policy()).choose(
             work(host=host, chunks=chunks, pace=pace, fills_host=fills_host)
@@ -96,8 +96,18 @@ def test_while_the_host_tier_fills_prompts_come_rather_faster_than_at_their_pace
         for fills_host in (True, False)
     )
     assert sum(fills.prefill_rows) >= pace * fills.decode_rows
-    assert sum(fills.num_host) == 12
+    assert sum(fills.num_host) == len(host)
     assert sum(pays.prefill_rows) < pace * pays.decode_rows
+
+
+@pytest.mark.parametrize(("num_host", "pace"), [(10, 36.0), (12, 30.0), (12, 36.0)])
+def test_prompts_are_divided_unevenly_where_that_is_faster(num_host: int, pace: float) -> None:
+    """A few host rows hide behind a quarter of the prompts as well as behind half of them, and the larger part
+    multiplies matrices better for it."""
+    cost = CostModel(replace(CostTable.rough(LARGE), linear=Curve(H200_LINEAR_US)), LARGE)
+    asked = work(host=(1030,) * num_host, chunks=(prompt(1000, Tier.HOST), prompt(1048)), pace=pace)
+    first, second = Splitter(cost, LARGE.num_layers, Policy()).choose(asked).prefill_rows
+    assert 0 < 2 * second < first
 
 
 def test_where_few_prompts_would_do_the_device_is_used_up_to_its_ridge_point() -> None:

@@ -12,6 +12,7 @@ import neoserve
 from neoserve import _native
 from neoserve.device.base import Exchange
 from neoserve.engine import calibrate
+from neoserve.execution.executor import Executor
 from neoserve.execution.handoff import HandOff
 from neoserve.scheduling.cost import CostTable
 from tests.engine.conftest import Tiny
@@ -49,6 +50,30 @@ def measured_costs(tiny: Tiny, cache: Path) -> CostTable:
     with engine(tiny.path, offload="all", host_memory_bytes=2**20, max_num_batched_tokens=32):
         [path] = cache.glob("costs-*.json")
         return CostTable.from_json(path.read_text())
+
+
+def test_linear_layers_are_measured_as_they_will_run_and_fewer_rows_never_cost_more(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each number of rows that is recorded is measured, and recorded; matrix products may take longer for fewer."""
+    monkeypatch.setenv("NEO_CACHE_DIR", str(tmp_path))
+    most, others = 400, {1: 10.0, 256: 30.0, 300: 20.0, 320: 50.0, 384: 60.0}
+    recorded_rows = (256, 300)
+    seen: dict[int, bool] = {}
+
+    def linear_us(self: calibrate.Calibration, num_rows: int, *, recorded: bool, least_s: float) -> float:
+        seen[num_rows] = recorded
+        return {most: 55.0, **others}.get(num_rows, 15.0)
+
+    monkeypatch.setattr(calibrate.Calibration, "_linear_us", linear_us)
+    monkeypatch.setattr(Executor, "recorded_rows", recorded_rows)
+    with engine(tiny.path, offload="off", device_kv_tokens=512, max_num_batched_tokens=most):
+        [path] = tmp_path.glob("costs-*.json")
+        linear = CostTable.from_json(path.read_text()).linear
+    assert {size: seen[size] for size in (1, 256, 300, 320, 384, 400)} == {
+        1: True, 256: True, 300: True, 320: False, 384: False, 400: False,
+    }  # fmt: skip
+    assert [linear.at(size) for size in (1, 256, 300, 320, 384, 400)] == [10, 20, 20, 50, 55, 55]
 
 
 def test_a_worker_that_is_late_for_a_while_does_not_make_host_rows_dear(

@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -33,12 +33,15 @@ CHAINED = 16
 """Tasks of the worker pool, or hand-offs, measured one after the other."""
 DECODES = 16
 """Rows of decodes that laps are enqueued with to see how long it takes."""
-LINEAR_ROWS = (1, 16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 768, 1024, 2048, 4096, 8192)
+SIZES = (1, 16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 768, 1024, 2048, 4096, 8192)
+"""Numbers of rows that are measured."""
+MORE_SIZES = (*range(288, 1280, 32), *range(1280, 2048, 128))
+"""And for the linear layers on a GPU: up to a tenth more time a row is spent on one of them than on the next."""
 MAX_RECORDED_ROWS = 256
-SUSTAINED_S = 0.2
-"""How long each number of rows goes through the linear layers on a GPU, the most rows first and without a pause: matrix
-products of an H200 are up to a quarter slower after a second of them than in the first milliseconds, those of few rows
-above all, at the clocks that it reports throughout."""
+HEATING_S, SUSTAINED_S = 1.0, 0.08
+"""How long the most rows, and then each other number of them, go through the linear layers on a GPU, the most first and
+without a pause: matrix products of an H200 are up to a quarter slower after a second of them than in the first
+milliseconds, those of few rows above all, at the clocks that it reports throughout."""
 MAX_LAYERS = 8
 """Layers that a linear measurement goes through: enough that none finds its weights in a cache."""
 
@@ -108,9 +111,9 @@ class Calibration:
         task_us, host_us_per_token, us_per_row = self._host_attention()
         handoff_us, handoff_us_per_row = self._handoff()
         return CostTable(
-            linear=self._curve(self._linear_us, self._config.max_num_batched_tokens),
-            head=self._curve(self._head_us, self._config.max_num_seqs),
-            embed=self._curve(self._embed_us, self._config.max_num_batched_tokens),
+            linear=self._linear(),
+            head=_curve(self._head_us, SIZES, self._config.max_num_seqs),
+            embed=_curve(self._embed_us, SIZES, self._config.max_num_batched_tokens),
             device_decode_us=decode_us,
             device_us_per_token=us_per_token,
             prefill_us=prefill_us,
@@ -139,12 +142,6 @@ class Calibration:
             times.append(completion.elapsed_us())
         return statistics.median(times)
 
-    def _curve(self, time_us: Callable[[int], float], most: int) -> Curve:
-        """`time_us` at sizes up to `most`, the largest first, made to never fall."""
-        sizes = [size for size in LINEAR_ROWS if size < most] + [most]
-        measured = [time_us(size) for size in reversed(sizes)]
-        return Curve(tuple(zip(sizes, accumulate(reversed(measured), max), strict=True)))
-
     def _random(self, *size: int) -> torch.Tensor:
         dtype: torch.dtype = getattr(torch, self._config.dtype)
         return self._made(lambda: torch.empty(size, dtype=dtype, device=self._device.torch_device).normal_())
@@ -159,7 +156,21 @@ class Calibration:
         self._device.submit(lambda: made.append(make())).wait()
         return made[0]
 
-    def _linear_us(self, num_rows: int) -> float:
+    def _linear(self) -> Curve:
+        """The linear layers, recorded or not as they will be."""
+        most, recorded, least_s = self._config.max_num_batched_tokens, self._executor.recorded_rows, 0.0
+        sizes = {*SIZES, *recorded}
+        if self._config.device == "cuda":
+            sizes.update(size for size in MORE_SIZES if size > max(recorded, default=0))
+            least_s = SUSTAINED_S
+            self._linear_us(most, recorded=False, least_s=HEATING_S)
+
+        def time_us(num_rows: int) -> float:
+            return self._linear_us(num_rows, recorded=num_rows <= max((MAX_RECORDED_ROWS, *recorded)), least_s=least_s)
+
+        return _curve(time_us, sizes, most)
+
+    def _linear_us(self, num_rows: int, *, recorded: bool, least_s: float) -> float:
         x_TE = self._random(num_rows, self._shape.hidden_size)
         attn_THD = self._random(num_rows, self._shape.num_query_heads, self._shape.head_dim)
         positions_T = self._zero_ids(num_rows)
@@ -170,8 +181,7 @@ class Calibration:
                 _, residual_TE = layer.before_attention(x_TE.clone(), residual_TE, positions_T)
                 layer.after_attention(attn_THD, residual_TE)
 
-        least_s = SUSTAINED_S if self._config.device == "cuda" else 0.0
-        return self._time_us(work, recorded=num_rows <= MAX_RECORDED_ROWS, least_s=least_s) / len(self._layers)
+        return self._time_us(work, recorded=recorded, least_s=least_s) / len(self._layers)
 
     def _head_us(self, num_rows: int) -> float:
         x_TE = self._random(num_rows, self._shape.hidden_size)
@@ -407,6 +417,14 @@ def _row(slot: int, name: str, tier: Tier, start: int) -> Rows:
         name, slot, tier, start, 1, None if start else (0,), np.zeros(1, dtype=np.int32), staging,
         samples=True, num_generated=start,
     )  # fmt: skip
+
+
+def _curve(time_us: Callable[[int], float], sizes: Iterable[int], most: int) -> Curve:
+    """`time_us` at `most` and at the sizes below, the largest first. It never falls: where more rows take less time,
+    they are what fewer are worth."""
+    below = sorted((size for size in sizes if size < most), reverse=True)
+    descending = [most, *below]
+    return Curve(tuple(zip(descending, accumulate(map(time_us, descending), min), strict=True))[::-1])
 
 
 def _line(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -266,6 +266,7 @@ class Surcharge:
 
 
 _FEWEST_FILLING = 0.75  # of the prompt rows that are asked for: where that does not fill a recording, more do
+_NEAR = 0.15  # of the prompt rows that are asked for: so many more or fewer may take less time each
 _RIDGE_ROWS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # compared
 
 
@@ -312,7 +313,7 @@ class CostModel:
             kind is Kind.DEVICE_PREFILL
             and len(program_spans) == 1
             and walked_us > cpu_us
-            and self._is_bound_by_reads(loads[program_spans[0].sub_batch])
+            and self._reads_bound(self._computed_rows(loads[program_spans[0].sub_batch]))
         )
         return Price(
             kind,
@@ -330,20 +331,27 @@ class CostModel:
 
     def prefill_row_us(self) -> float:
         """What a prefill row adds to an iteration whose linear layers are busy with many others."""
-        (x0, y0), (x1, y1) = self.table.linear.points[0], self.table.linear.points[-1]
-        if len(self.table.linear.points) > 1:
-            x0, y0 = self.table.linear.points[-2]
-        return self._num_layers * ((y1 - y0) / (x1 - x0) if x1 > x0 else y1 / max(1.0, x1))
+        linear, (most, most_us) = self.table.linear, self.table.linear.points[-1]
+        half = most / 2
+        return self._num_layers * (max(0.0, most_us - linear.at(half)) / half or most_us / most)
 
     def filling(self, prompt_rows: int, decode_rows: int) -> int:
-        """About so many prompt rows, with which a lap of so many decodes fills a recording. The same number where
-        nothing is recorded for so many."""
+        """About so many prompt rows, with which a lap of so many decodes fills a recording; where nothing is recorded
+        for so many and arithmetic bounds it, with which it takes the linear layers the least time a row."""
+        if not prompt_rows:
+            return 0
         recorded = self.table.recorded_rows
         rows = prompt_rows + decode_rows
         fitting = [size for size in recorded if size - decode_rows >= _FEWEST_FILLING * prompt_rows]
-        if not prompt_rows or not fitting or rows - recorded[-1] > (recorded[-1] - recorded[-2:][0]) / 2:
+        if fitting and rows - recorded[-1] <= (recorded[-1] - recorded[-2:][0]) / 2:
+            return min(fitting, key=lambda size: abs(size - rows)) - decode_rows
+        if self._reads_bound(rows):
             return prompt_rows
-        return min(fitting, key=lambda size: abs(size - rows)) - decode_rows
+        linear, distance = self.table.linear, _NEAR * prompt_rows
+        first = bisect_left(linear.points, (rows - distance,))
+        end = bisect_right(linear.points, (rows + distance, float("inf")))
+        near = [int(size) for size, _ in linear.points[first:end] if not recorded or size > recorded[-1]]
+        return min((rows, *near), key=lambda size: linear.at(size) / size) - decode_rows
 
     def ridge_rows(self, decodes: Load) -> int:
         """Where a lap is no more bound by its reads and its launches and not yet by arithmetic: of the numbers of
@@ -396,9 +404,9 @@ class CostModel:
         handoff_us = table.handoff_us + load.host_rows * table.handoff_us_per_row
         return StageCosts(tuple(device_us), self._task_us(load), handoff_us)
 
-    def _is_bound_by_reads(self, load: Load) -> bool:
-        """Whether the linear layers take at most twice as long as for one row."""
-        return self.table.linear.at(self._computed_rows(load)) <= 2 * self.table.linear.at(1)
+    def _reads_bound(self, num_rows: int) -> bool:
+        """Whether the linear layers take at most twice as long for so many rows as for one."""
+        return self.table.linear.at(num_rows) <= 2 * self.table.linear.at(1)
 
     def _computed_rows(self, load: Load) -> int:
         """Rows that the linear layers compute for a load."""

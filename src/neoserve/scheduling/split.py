@@ -206,12 +206,13 @@ class Splitter:
         return best or pricing.price((prefill_rows, 0), 0, 0, self._steps(self._policy.slowest_ratio, step))
 
     def _whole_lap(self, pricing: Pricing, wanted: int, most: int) -> Choice:
-        """All host rows make a whole lap now, with the prompts in sub-batch 0 or about half of them in each."""
-        whole = self._best_split(pricing, (wanted, 0), most)
+        """All host rows make a whole lap now, with the prompts in sub-batch 0, or about a quarter or half of them in
+        sub-batch 1."""
+        divisions = [(wanted, 0)]
         if wanted > 1:
-            half = -(-wanted // 2)
-            whole = max(whole, self._best_split(pricing, (half, half), most), key=_rate)
-        return whole
+            half, quarter = -(-wanted // 2), -(-wanted // 4)
+            divisions += [(half, half), (wanted - quarter, quarter)]
+        return max((self._best_split(pricing, division, most) for division in divisions), key=_rate)
 
     def _best_split(self, pricing: Pricing, wanted: tuple[int, int], most: int) -> Choice:
         """All host rows make a whole lap now, so many of them in sub-batch 1 that its rate is best."""
