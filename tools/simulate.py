@@ -5,6 +5,7 @@
 
 Iterations take what the cost table says, so this shows decisions, not speeds; `neo bench` measures. The table is one
 that an engine measured at its start and keeps in its cache folder, or rough figures of an H200 with a 16-core Xeon.
+With --truth they take what another table says, as on a machine that is not what it was when it was measured.
 """
 
 from __future__ import annotations
@@ -33,15 +34,21 @@ BLOCK_SIZE = 16
 class Simulation:
     """One workload in one offload mode. Times in seconds of the simulated machine.
 
+    table, truth: what the scheduler is told at first, and what iterations take.
     arrivals_s: when each request comes, in order.
     kinds: of each kind of iteration how many there were, their time, and the rows of prompts, device decodes and host
     decodes that they ended.
     """
 
     def __init__(
-        self, config: ResolvedConfig, table: CostTable, workload: Workload, arrivals_s: Sequence[float]
+        self,
+        config: ResolvedConfig,
+        table: CostTable,
+        truth: CostTable,
+        workload: Workload,
+        arrivals_s: Sequence[float],
     ) -> None:
-        self._truth = CostModel(table, config.shape)
+        self._truth = CostModel(truth, config.shape)
         self._scheduler = Scheduler(config, CostModel(table, config.shape))
         requests = workload.requests(config.shape.vocab_size, config.seed, "r")
         self._due_s = {request.request_id: due_s for request, due_s in zip(requests, arrivals_s, strict=True)}
@@ -121,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=sorted(PRESETS))
     parser.add_argument("--costs", type=Path, help="cost table that an engine measured")
+    parser.add_argument("--truth", type=Path, help="cost table of what iterations take, without it that of --costs")
     parser.add_argument("--workload", default="in=1000,out=100,n=300", help="as for neo bench")
     parser.add_argument("--rates", help="requests a second, such as 1,2,3; without it all come at the start")
     parser.add_argument("--plot", type=Path, help="draw latency against rate into this PNG")
@@ -133,6 +141,7 @@ def main() -> None:
 
     shape = parse_config(PRESETS[options.model], {}, options.model).shape
     table = CostTable.from_json(options.costs.read_text()) if options.costs else CostTable.rough(shape)
+    truth = CostTable.from_json(options.truth.read_text()) if options.truth else table
     try:
         workload = WorkloadSpec().parse(options.workload).load(seed=0)
         modes = [Mode.parse(text) for text in options.compare.split(",")]
@@ -158,7 +167,7 @@ def main() -> None:
         )  # fmt: skip
         for rate in rates or (None,):
             arrivals_s = workload.poisson_s(rate, config.seed) if rate is not None else (0.0,) * len(workload.rows)
-            simulation = Simulation(config, table, workload, arrivals_s)
+            simulation = Simulation(config, table, truth, workload, arrivals_s)
             simulation.run()
             if rate is not None:
                 for lines, mean_ms in zip((latency, ttft), simulation.report_latency(mode.name, rate), strict=True):

@@ -247,9 +247,55 @@ def test_what_the_worker_pool_really_takes_is_learned(truth: float) -> None:
     spans, loads = [Span(0, 0, SHAPE.num_layers + 1, True)], {0: host}
     before = model.price(spans, loads)
     for _ in range(60):
-        model.observe_host(model.host_lap_us(host), truth * said_us)
+        model.observe_host([host], truth * said_us)
     assert model.host_lap_us(host) == pytest.approx(truth * said_us, rel=0.02)
     assert model.price(spans, loads).host_us == pytest.approx(truth * before.host_us, rel=0.02)
+
+
+def pool_beside(late_us: float, factor: float, *seen: Load) -> CostModel:
+    """A model that has seen a worker pool whose tasks take that much longer, and their attention so many times as
+    long."""
+    costs = CostTable.rough(LARGE)
+    task_us, token_us = costs.host_task_us + late_us, factor * costs.host_us_per_token
+    slow = CostModel(replace(costs, host_task_us=task_us, host_us_per_token=token_us), LARGE)
+    model = CostModel(costs, LARGE)
+    for turn in range(400):
+        lap = seen[turn % len(seen)]
+        model.observe_host([lap], slow.host_lap_us(lap))
+    return model
+
+
+FEW, MANY = Load.host_decode(2, 2000), Load.host_decode(80, 80_000)
+
+
+def test_workers_that_are_late_for_a_few_rows_do_not_make_many_rows_dear() -> None:
+    """They would be as late for those; as a factor, it would make eighty rows ten times as dear."""
+    late_us = 800.0
+    plain, model = CostModel(CostTable.rough(LARGE), LARGE), pool_beside(late_us, 1.0, FEW)
+    assert model.host_lap_us(FEW) == pytest.approx(plain.host_lap_us(FEW) + 80 * late_us, rel=0.02)
+    assert model.host_lap_us(MANY) == pytest.approx(plain.host_lap_us(MANY) + 80 * late_us, rel=0.1)
+
+
+def test_a_pool_that_reads_slowly_is_learned_from_laps_of_many_rows() -> None:
+    plain, model = CostModel(CostTable.rough(LARGE), LARGE), pool_beside(0.0, 1.5, MANY)
+    for lap in (MANY, Load.host_decode(60, 60_000), Load.host_decode(120, 120_000)):
+        assert model.host_lap_us(lap) == pytest.approx(1.5 * plain.host_lap_us(lap), rel=0.03)
+
+
+def test_laps_of_few_and_of_many_rows_tell_what_is_late_from_what_is_slow() -> None:
+    plain, model = CostModel(CostTable.rough(LARGE), LARGE), pool_beside(300.0, 1.2, FEW, MANY)
+    for lap, factor in ((FEW, 1.2), (MANY, 1.2)):
+        attention_us = plain.host_lap_us(lap) - 80 * plain.table.host_task_us
+        expected_us = plain.host_lap_us(lap) + (factor - 1) * attention_us + 80 * 300.0
+        assert model.host_lap_us(lap) == pytest.approx(expected_us, rel=0.05)
+
+
+def test_one_lap_that_stalls_says_little_of_the_pool() -> None:
+    for lap in (FEW, MANY):
+        model = CostModel(CostTable.rough(LARGE), LARGE)
+        before_us = model.host_lap_us(lap)
+        model.observe_host([lap], 100 * before_us)
+        assert before_us < model.host_lap_us(lap) < 1.3 * before_us
 
 
 def test_what_the_cpu_does_besides_enqueueing_is_learned() -> None:

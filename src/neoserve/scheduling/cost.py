@@ -265,13 +265,50 @@ class Surcharge:
         self.us = max(0.0, self.us + self._WEIGHT * min(max(us - self.us, -self._STEP_US), self._STEP_US))
 
 
+class PoolCorrection:
+    """What a task of the worker pool takes: a time, the table's at first, and a factor on what the table says of its
+    attention.
+
+    An observation does not tell which of them is wrong. Both move, by as little as explains it (Kaczmarz's method):
+    the time if the attention is short, the factor if it is long. A late worker delays a task of two rows as long as
+    one of eighty; as a factor, what it costs two would make eighty seem not worth having.
+    """
+
+    _WEIGHT = 0.1  # of a new observation
+    _STEP = 1.5  # an observation counts as at most this far from what was predicted,
+    _STEP_US = 250.0  # or, of a short task, so much longer
+    _RANGE = 4.0  # but not this far; and the factor stays within 1/4 .. 4
+    _EVEN_US = 1000.0  # attention of a task that moves both alike
+
+    def __init__(self, task_us: float) -> None:
+        self.task_us = task_us
+        self.factor = 1.0
+
+    def predict_us(self, attention_us: float) -> float:
+        """A task with so much attention by the table."""
+        return self.task_us + self.factor * attention_us
+
+    def observe(self, attention_us: float, measured_us: float) -> None:
+        """A task, or the mean of some, with so much attention by the table, and what it took."""
+        predicted_us = self.predict_us(attention_us)
+        most_us = max(self._STEP * predicted_us, min(predicted_us + self._STEP_US, self._RANGE * predicted_us))
+        seen_us = min(max(measured_us, predicted_us / self._STEP), most_us)
+        moved_us = self._WEIGHT * (seen_us - predicted_us)
+        before_us = self.task_us
+        share = self._EVEN_US**2 / (self._EVEN_US**2 + attention_us**2)
+        self.task_us = max(0.0, before_us + share * moved_us)
+        if attention_us:
+            factor = self.factor + (moved_us - (self.task_us - before_us)) / attention_us
+            self.factor = min(max(factor, 1 / self._RANGE), self._RANGE)
+
+
 _FEWEST_FILLING = 0.75  # of the prompt rows that are asked for: where that does not fill a recording, more do
 _NEAR = 0.15  # of the prompt rows that are asked for: so many more or fewer may take less time each
 _RIDGE_ROWS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # compared
 
 
 class CostModel:
-    """Prices iterations, and learns what they take: a factor for each kind of them, and one for the worker pool; how
+    """Prices iterations, and learns what they take: a factor for each kind of them; what the worker pool takes; how
     long the CPU plans an iteration and hands out its tokens; and what the device takes for a lap because it has
     prompts, however few: it is not recorded as a whole, and between two of its kernels there is a pause.
     """
@@ -283,7 +320,7 @@ class CostModel:
         self._num_layers = shape.num_layers
         self._pre_share = shape.pre_parameters / shape.layer_parameters
         self._correction = {kind: Correction() for kind in Kind}
-        self._host_correction = Correction()
+        self._pool = PoolCorrection(table.host_task_us)
         self._overhead = Surcharge()
         self._prompts = Surcharge()
         self._costs_of = lru_cache(maxsize=64)(self.stage_costs)  # candidates of an iteration share most loads
@@ -375,11 +412,13 @@ class CostModel:
         if price.plain_us is not None:
             self._prompts.observe(measured_us - price.plain_us)
 
-    def observe_host(self, predicted_us: float, measured_us: float) -> None:
-        """Compare what `host_lap_us` said with what the worker pool took, and correct later prices of its tasks."""
-        if measured_us <= 0 or predicted_us <= 0:
+    def observe_host(self, laps: Sequence[Load], measured_us: float) -> None:
+        """Compare what `host_lap_us` says of these laps with what the worker pool took for them all, and correct later
+        prices of its tasks."""
+        if measured_us <= 0 or not laps:
             return
-        self._host_correction.observe(measured_us / predicted_us * self._host_correction.factor)
+        attention_us = sum(map(self._attention_us, laps)) / len(laps)
+        self._pool.observe(attention_us, measured_us / (self._num_layers * len(laps)))
         self._costs_of.cache_clear()
 
     def observe_overhead(self, measured_us: float) -> None:
@@ -415,12 +454,14 @@ class CostModel:
         return load.rows
 
     def _task_us(self, load: Load) -> float:
-        """One layer's host attention."""
+        """One layer's host attention, hand-off apart."""
         if not load.host_rows:
             return 0.0
-        table = self.table
-        us = table.host_task_us + load.host_tokens * table.host_us_per_token + load.host_rows * table.host_us_per_row
-        return us * self._host_correction.factor
+        return self._pool.predict_us(self._attention_us(load))
+
+    def _attention_us(self, load: Load) -> float:
+        """What one layer's host rows add to a task, by the table."""
+        return load.host_tokens * self.table.host_us_per_token + load.host_rows * self.table.host_us_per_row
 
     def _device_us(self, span: Span, costs: StageCosts) -> float:
         """Time in which the device works on a span."""

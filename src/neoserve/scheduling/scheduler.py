@@ -351,7 +351,7 @@ class Scheduler:
         self._cost.observe(price, result.elapsed_us)
         self._admission.observe(result.elapsed_us)
         ended = [lap.load for lap in done.laps if lap.has_host and lap.sub_batch in done.plan.ends]
-        self._cost.observe_host(sum(map(self._cost.host_lap_us, ended)), result.host_busy_us)
+        self._cost.observe_host(ended, result.host_busy_us)
         self._predicted_us = (self._predicted_us[0] + price.total_us, price.total_us)
         self._measured_us = (self._measured_us[0] + result.elapsed_us, result.elapsed_us)
         self._host_busy_us += result.host_busy_us
