@@ -239,6 +239,21 @@ def test_a_model_that_is_wrong_by_a_factor_learns_it_for_that_kind_alone() -> No
     assert model.error < 0.05
 
 
+def test_what_delays_host_rows_that_nothing_hides_does_not_make_hidden_ones_dear() -> None:
+    model = CostModel(CostTable.rough(LARGE), LARGE)
+    device, few = Load.device_decode(18, 18_000), Load.host_decode(2, 2000)
+    steps = LARGE.num_layers + 1
+    exposed = ((Span(0, 0, steps, True),), {0: device + few})
+    hidden = ((Span(0, 0, steps, False), Span(1, 0, steps, True)), {0: device, 1: Load.host_decode(40, 40_000)})
+    before_us = model.price(*hidden).total_us
+    price = model.price(*exposed)
+    assert price.kind is Kind.EXPOSED_DECODE
+    for _ in range(60):
+        model.observe(price, 2 * price.table_us)
+    assert model.price(*exposed).total_us == pytest.approx(2 * price.table_us, rel=0.02)
+    assert model.price(*hidden).total_us == before_us
+
+
 @pytest.mark.parametrize("truth", [0.6, 1.7])
 def test_what_the_worker_pool_really_takes_is_learned(truth: float) -> None:
     model = CostModel(table(), SHAPE)

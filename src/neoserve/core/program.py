@@ -57,7 +57,7 @@ class Span:
         return self.stop_step - self.first_step
 
 
-def is_pipelined(spans: Sequence[Span]) -> bool:
+def attends_on_host(spans: Sequence[Span]) -> bool:
     """Whether host rows are attended to in a program of these spans."""
     return any(span.has_host for span in spans)
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neoserve.core.plan import IterationPlan, IterationResult
-from neoserve.core.program import Op, Stage, is_pipelined
+from neoserve.core.program import Op, Stage
 from neoserve.device.base import Copy, Device, Mark
 from neoserve.execution.executor import Launched
 from neoserve.execution.issue import OnStage
@@ -86,10 +86,7 @@ class IterationLog:
         spans = launched.plan.spans
         if not spans:
             return None
-        return Kind.of(
-            pipelined=is_pipelined(spans),
-            prefill=any(lap.sub_batch.prefill for lap in launched.laps.values()),
-        )
+        return Kind.of(spans, prefill=any(lap.sub_batch.prefill for lap in launched.laps.values()))
 
     def _parts(self, launched: Launched) -> tuple[Part, ...]:
         return tuple(

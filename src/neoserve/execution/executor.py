@@ -11,7 +11,7 @@ from neoserve import _native
 from neoserve.core.config import ResolvedConfig
 from neoserve.core.errors import HostAttentionError
 from neoserve.core.plan import IterationPlan, IterationResult
-from neoserve.core.program import Span, Stage, is_pipelined, program
+from neoserve.core.program import Span, Stage, attends_on_host, program
 from neoserve.core.request import Request
 from neoserve.device.base import Completion, Device
 from neoserve.execution.graphs import Graphs, Recorded
@@ -113,7 +113,7 @@ class Executor:
             arm(stages, laps)
 
         def work() -> None:
-            device.share_cores(with_workers=is_pipelined(plan.spans))
+            device.share_cores(with_workers=attends_on_host(plan.spans))
             if earlier is not None:
                 device.wait_for(earlier)
             if lone_lap is not None and recording is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from neoserve.core.config import ModelShape
 from neoserve.core.plan import SubBatch, Tier
-from neoserve.core.program import Op, Span, is_pipelined
+from neoserve.core.program import Op, Span, attends_on_host
 from neoserve.scheduling.timeline import FREE, OPS, StageCosts, walk_us
 
 
@@ -200,19 +200,27 @@ class Load:
 
 
 class Kind(enum.Enum):
-    """Kinds of iteration whose predictions are corrected apart from each other."""
+    """Kinds of iteration whose predictions are corrected apart from each other.
+
+    The exposed have host rows in their only sub-batch: whatever delays those delays the iteration, which says nothing
+    of how well another sub-batch hides it.
+    """
 
     DEVICE_DECODE = "device decode"
     DEVICE_PREFILL = "device prefill"
+    EXPOSED_DECODE = "exposed decode"
+    EXPOSED_PREFILL = "exposed prefill"
     PIPELINED_DECODE = "pipelined decode"
     PIPELINED_PREFILL = "pipelined prefill"
 
     @classmethod
-    def of(cls, *, pipelined: bool, prefill: bool) -> Kind:
-        """pipelined: host rows are attended to. prefill: some lap has rows of a prompt."""
-        if pipelined:
-            return cls.PIPELINED_PREFILL if prefill else cls.PIPELINED_DECODE
-        return cls.DEVICE_PREFILL if prefill else cls.DEVICE_DECODE
+    def of(cls, spans: Sequence[Span], *, prefill: bool) -> Kind:
+        """prefill: some lap has rows of a prompt."""
+        if not attends_on_host(spans):
+            return cls.DEVICE_PREFILL if prefill else cls.DEVICE_DECODE
+        if len(spans) == 1:
+            return cls.EXPOSED_PREFILL if prefill else cls.EXPOSED_DECODE
+        return cls.PIPELINED_PREFILL if prefill else cls.PIPELINED_DECODE
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +353,7 @@ class CostModel:
         walked_us = walk_us(self._num_layers, program_spans, *costs) + prompts_us
         cpu_us = launch_us + self._overhead.us
         table_us = max(walked_us, host_us, cpu_us)
-        kind = Kind.of(pipelined=is_pipelined(program_spans), prefill=bool(with_prompts))
+        kind = Kind.of(program_spans, prefill=bool(with_prompts))
         tells = (
             kind is Kind.DEVICE_PREFILL
             and len(program_spans) == 1

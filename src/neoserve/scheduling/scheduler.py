@@ -21,7 +21,7 @@ from collections import deque
 from neoserve.core.config import ResolvedConfig
 from neoserve.core.errors import InvalidRequestError
 from neoserve.core.plan import IterationPlan, IterationResult, Rows, SubBatch, Tier
-from neoserve.core.program import is_pipelined
+from neoserve.core.program import attends_on_host
 from neoserve.core.request import Request, TokenEvent
 from neoserve.core.stats import EngineStats
 from neoserve.scheduling.admission import Admission
@@ -342,7 +342,7 @@ class Scheduler:
         )
         self._open.append(OpenIteration(plan, laps, tuple(self._placement.departures), price))
         self._num_iterations += 1
-        self._num_pipelined += is_pipelined(spans)
+        self._num_pipelined += attends_on_host(spans)
         rows = {lap.sub_batch.index: lap.sub_batch.num_rows for lap in laps}
         self._sub_batch_rows = (rows.get(0, 0), rows.get(1, 0))
         return plan

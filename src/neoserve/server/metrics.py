@@ -209,7 +209,7 @@ class _EngineCollector(Collector):
     def _iterations(self) -> Iterator[Metric]:
         stats, families = self.stats, self._families
         yield families.counter("iterations", "Iterations run", stats.iterations_total)
-        yield families.counter("pipelined_iterations", "Of them with two sub-batches", stats.pipelined_iterations_total)
+        yield families.counter("pipelined_iterations", "Of them with host rows", stats.pipelined_iterations_total)
         yield families.counter("failed_iterations", "Of them failed in host attention", stats.failed_iterations_total)
         yield families.counter("iteration_predicted_seconds", "Predicted time, summed", stats.predicted_us_total * 1e-6)
         yield families.counter("iteration_measured_seconds", "Measured time, summed", stats.measured_us_total * 1e-6)
