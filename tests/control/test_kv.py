@@ -61,6 +61,21 @@ def test_blocks_given_back_are_taken_again() -> None:
         pool.check_integrity([*second, second[0]])
 
 
+def test_blocks_are_taken_in_as_few_runs_as_can_be() -> None:
+    pool = BlockPool(20)
+    pool.take(20)
+    for ids in ([0], [2, 3], [5, 6, 7], [10, 11, 12, 13]):
+        pool.give(ids)
+    assert pool.take(3) == [5, 6, 7]  # the shortest run that is long enough
+    assert pool.take(1) == [0]
+    assert pool.take(5) == [10, 11, 12, 13, 2]  # none is: the longest first
+    assert pool.take(1) == [3]
+    assert pool.num_free == 0
+    assert pool.take(0) == []
+    pool.give([4, 9])
+    pool.check_integrity(set(range(20)) - {4, 9})
+
+
 def test_entry_is_refused_when_the_residents_could_block_each_other() -> None:
     kv = one_pool(10)
     kv.enter(Tier.DEVICE, held=2, worst=8)

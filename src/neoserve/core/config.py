@@ -9,6 +9,7 @@ from neoserve.core.errors import ConfigError
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+_MOST_TRANSFER_BLOCKS = 128
 OffloadMode = Literal["auto", "off", "all"]
 
 
@@ -109,6 +110,11 @@ class ModelShape:
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Bytes of K and V of one token over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+
+
+def transfer_blocks(staging_blocks: int) -> int:
+    """Blocks of the buffer through which a staging area of so many passes to and from the host pool, in pieces."""
+    return min(_MOST_TRANSFER_BLOCKS, staging_blocks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,12 +20,14 @@ from neoserve.kernels.base import BlockCopies, DecodePlans, Ops, PagedAttention,
 
 __all__ = [
     "BlockCopies",
+    "BlockTransfer",
     "Completion",
     "Copy",
     "DecodePlans",
     "Device",
     "Exchange",
     "Flag",
+    "LayerCopies",
     "Mark",
     "Ops",
     "PagedAttention",
@@ -86,6 +88,31 @@ class Copy:
     end: Mark
 
 
+@dataclass(frozen=True, slots=True)
+class BlockTransfer:
+    """Blocks that pass between the tiers, to the host pool or from it, changing the layout.
+
+    block_ids, host_block_ids: int64, of one length; they index dimension 1 of the two pools. Runs of consecutive host
+    blocks cost the least.
+    host_LNX: in the layout of csrc/attention/attention.h, X = 2KPD values a block; registered, each layer whole.
+    buffer_NX: on the device, in that layout; what is more than it goes in several pieces.
+    """
+
+    kv_LN2KPD: torch.Tensor
+    block_ids: np.ndarray
+    host_LNX: torch.Tensor
+    host_block_ids: np.ndarray
+    buffer_NX: torch.Tensor
+    to_host: bool
+
+
+class LayerCopies(Protocol):
+    """Copies of the same blocks, one layer at a time (`Device.layer_copies`)."""
+
+    def run(self, layer: int, host_layer: int) -> None:
+        """Inside `submit_copies`: copy a layer of the device's to or from a layer of the host pool."""
+
+
 class Device(ABC):
     """Where the model runs. Work is submitted in order to one compute stream and never waits on the caller.
 
@@ -102,8 +129,12 @@ class Device(ABC):
         """A host tensor that the device can copy to and from without blocking, zeroed."""
 
     @abstractmethod
-    def register(self, address: int, num_bytes: int) -> None:
-        """Let the device reach memory that the host allocated, until `close`. Raises `HostMemoryError` if it cannot."""
+    def register(self, address: int, num_bytes: int, *, whole_bytes: int = 1) -> None:
+        """Let the device reach memory that the host allocated, until `close`. Raises `HostMemoryError` if it cannot.
+
+        whole_bytes: a tensor's copy (`copy_`) may be within any one of the ranges of so many bytes from `address` on;
+        what lies in two of them only kernels reach at once.
+        """
 
     @abstractmethod
     def upload(self, array: np.ndarray) -> torch.Tensor:
@@ -127,6 +158,10 @@ class Device(ABC):
 
         What needs the copies calls `wait_for` first. May be called inside `submit`.
         """
+
+    @abstractmethod
+    def layer_copies(self, transfer: BlockTransfer) -> LayerCopies:
+        """Inside `submit`: what copies blocks between the tiers beside the model's work, layer after layer."""
 
     @abstractmethod
     def wait_for(self, completion: Completion) -> None:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -13,9 +14,10 @@ import torch
 
 from neoserve.core.config import DType, ModelShape
 from neoserve.core.errors import ConfigError
-from neoserve.device.base import Completion, Copy, Device, Exchange, Flag, Mark, Transfer
+from neoserve.device.base import BlockTransfer, Completion, Copy, Device, Exchange, Flag, LayerCopies, Mark, Transfer
 from neoserve.device.driver import Call, Driver
 from neoserve.device.launches import ForLayers, Launches, no_collection
+from neoserve.device.layer_copies import EngineCopies
 from neoserve.device.registration import RegisteredMemory
 from neoserve.kernels.flashinfer_ops import FlashInferOps
 from neoserve.kernels.fused_ops import FusedOps
@@ -126,8 +128,8 @@ class CudaDevice(Device):
     def share_cores(self, *, with_workers: bool) -> None:
         """A GPU has cores of its own: nothing to do."""
 
-    def register(self, address: int, num_bytes: int) -> None:
-        self._registered.append(RegisteredMemory(self._driver, address, num_bytes))
+    def register(self, address: int, num_bytes: int, *, whole_bytes: int = 1) -> None:
+        self._registered.append(RegisteredMemory(self._driver, address, num_bytes, whole_bytes))
 
     def upload(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).pin_memory().to(self.torch_device, non_blocking=True)
@@ -150,6 +152,13 @@ class CudaDevice(Device):
             self.on_copy(Copy("tiers", None, _EventMark(submitted.start), _EventMark(submitted.end)))
         return submitted
 
+    def layer_copies(self, transfer: BlockTransfer) -> LayerCopies:
+        stream = self._copies.cuda_stream
+        places = np.arange(len(transfer.block_ids)) % len(transfer.buffer_NX)
+        ids_2N = self.upload(np.stack((transfer.block_ids, places)))
+        ids_2N.record_stream(self._copies)
+        return EngineCopies(self._driver, stream, partial(self._for_layers, stream=stream), transfer, ids_2N)
+
     def wait_for(self, completion: Completion) -> None:
         self._hold(self._compute, completion)
 
@@ -171,9 +180,14 @@ class CudaDevice(Device):
         return replay
 
     def for_layers(self, work: Callable[[torch.Tensor], None], layers: torch.Tensor) -> Callable[[int], None]:
+        return self._for_layers(work, layers, stream=self._compute.cuda_stream)
+
+    def _for_layers(
+        self, work: Callable[[torch.Tensor], None], layers: torch.Tensor, *, stream: int
+    ) -> Callable[[int], None]:
         if self._launches is None:
             return super().for_layers(work, layers)
-        return ForLayers(self._launches, work, layers, self._compute.cuda_stream)
+        return ForLayers(self._launches, work, layers, stream)
 
     def _shared_pool(self) -> Any:
         if self._shared_recording is None:

@@ -20,7 +20,7 @@ import torch
 
 from neoserve import _native
 from neoserve.core.errors import HostAttentionError
-from neoserve.device.base import Completion, Copy, Device, Exchange, Flag, Mark, Transfer
+from neoserve.device.base import BlockTransfer, Completion, Copy, Device, Exchange, Flag, LayerCopies, Mark, Transfer
 from neoserve.kernels.reference import ReferenceOps
 
 
@@ -108,7 +108,7 @@ class ReferenceDevice(Device):
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    def register(self, address: int, num_bytes: int) -> None:
+    def register(self, address: int, num_bytes: int, *, whole_bytes: int = 1) -> None:
         """Host memory is this device's memory: nothing to do."""
 
     def upload(self, array: np.ndarray) -> torch.Tensor:
@@ -135,6 +135,10 @@ class ReferenceDevice(Device):
         work()
         if self.on_copy is not None:
             self.on_copy(Copy("tiers", None, begin, self.mark()))
+
+    def layer_copies(self, transfer: BlockTransfer) -> LayerCopies:
+        ids, host_ids = torch.from_numpy(transfer.block_ids), torch.from_numpy(transfer.host_block_ids)
+        return self.ops.block_copies(transfer.kv_LN2KPD, ids, transfer.host_LNX, host_ids, to_host=transfer.to_host)
 
     def wait_for(self, completion: Completion) -> None:
         completion.wait()

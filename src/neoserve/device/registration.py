@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
+import mmap
 from concurrent.futures import ThreadPoolExecutor
 
 from neoserve.core.errors import HostMemoryError
@@ -16,6 +18,7 @@ from neoserve.device.driver import Driver, DriverError
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 2**30
+"""About so much is pinned at once."""
 _NUM_THREADS = 8
 _REPORT_CHUNKS = 16
 _MADV_POPULATE_WRITE = 23
@@ -23,18 +26,18 @@ _MADV_POPULATE_WRITE = 23
 
 class RegisteredMemory:
     """A registered range of host memory. Kernels reach it at its own addresses, across chunks; a single copy by a
-    copy engine stays within a chunk.
+    copy engine stays within a chunk, so ranges of `whole_bytes` from the beginning on are never divided.
 
     Raises `HostMemoryError`, with nothing left registered, when the system refuses to pin all of it.
     """
 
-    def __init__(self, driver: Driver, address: int, num_bytes: int) -> None:
+    def __init__(self, driver: Driver, address: int, num_bytes: int, whole_bytes: int) -> None:
         self._driver = driver
         self._context = driver.current_context()
         self._chunks: list[int] = []
-        chunks = [
-            (address + start, min(_CHUNK_BYTES, num_bytes - start)) for start in range(0, num_bytes, _CHUNK_BYTES)
-        ]
+        unit = math.lcm(whole_bytes, mmap.PAGESIZE)  # two chunks must not share a page
+        chunk_bytes = max(1, _CHUNK_BYTES // unit) * unit
+        chunks = [(address + start, min(chunk_bytes, num_bytes - start)) for start in range(0, num_bytes, chunk_bytes)]
         errors: list[DriverError] = []
         libc = ctypes.CDLL(None)
 
@@ -51,12 +54,13 @@ class RegisteredMemory:
                 return
             self._chunks.append(chunk[0])
             if len(self._chunks) % _REPORT_CHUNKS == 0:
-                logger.info("pinned %d of %.1f GiB of host memory", len(self._chunks), num_bytes / 2**30)
+                pinned_gib = len(self._chunks) * chunk_bytes / 2**30
+                logger.info("pinned %.0f of %.1f GiB of host memory", pinned_gib, num_bytes / 2**30)
 
         with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="neo-register") as threads:
             list(threads.map(register, chunks))
         if errors:
-            pinned_gib = len(self._chunks) * _CHUNK_BYTES / 2**30
+            pinned_gib = len(self._chunks) * chunk_bytes / 2**30
             self.release()
             raise HostMemoryError(
                 f"the system pinned {pinned_gib:.0f} GiB of the {num_bytes / 2**30:.1f} GiB of host memory asked for, "

@@ -87,7 +87,7 @@ class DeviceBudget:
         parts = {
             "weights": executor.model.weights.num_bytes,
             "KV": store.device_LN2KPD.nbytes,
-            "staging": store.staging_LN2KPD.nbytes,
+            "staging": store.staging_LN2KPD.nbytes + store.transfer_NX.nbytes,
             "graphs": max(recorded_bytes, self.recordings),  # the driver keeps what the first ones took for the next
         }
         parts["CUDA, kernels and workspaces"] = used_bytes - sum(parts.values())

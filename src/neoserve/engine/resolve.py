@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from neoserve import _native
-from neoserve.core.config import DType, EngineConfig, ModelShape, ResolvedConfig
+from neoserve.core.config import DType, EngineConfig, ModelShape, ResolvedConfig, transfer_blocks
 from neoserve.core.errors import ConfigError
 from neoserve.engine.memory import free_host_bytes
 
@@ -81,7 +81,7 @@ def resolve(
     staging_blocks = 0
     if host_blocks:
         staging_blocks = -(-(wanted_len + 2 * batched_tokens) // config.block_size)
-    staging_bytes = 2 * staging_blocks * block_bytes // shape.num_layers
+    staging_bytes = (2 * staging_blocks + transfer_blocks(staging_blocks)) * block_bytes // shape.num_layers
     device_blocks = _device_blocks(config, block_bytes, device_kv_bytes - staging_bytes, most_blocks)
     largest = max(device_blocks, host_blocks) * config.block_size
     if config.max_model_len is not None and config.max_model_len > largest:

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from neoserve.core.config import ResolvedConfig
+from neoserve.core.config import ResolvedConfig, transfer_blocks
 from neoserve.core.errors import HostMemoryError
 from neoserve.core.plan import Migration, Tier
-from neoserve.device.base import BlockCopies, Completion, Device
+from neoserve.device.base import BlockTransfer, Completion, Device, LayerCopies
 from neoserve.kernels.host_attention import allocate_host_kv
 
 
@@ -26,6 +26,7 @@ class KVStore:
 
     device_LN2KPD: the device pool; its last block, `padding_block`, takes the writes of rows that belong to no one.
     staging_LN2KPD: two one-layer areas, used by even and odd layers in turn, in which prompts of HOST sequences attend.
+    transfer_NX: a buffer for what passes between those and the host pool, in the layout of the latter.
     host_LNX: the host pool, in the layout of csrc/attention/attention.h; empty without a host tier.
 
     Raises `HostMemoryError` when the system does not give the host pool, or does not let the device reach it.
@@ -40,11 +41,16 @@ class KVStore:
         self.padding_block = config.device_blocks
         self.host_LNX = _host_pool(config, dtype).flatten(2)
         if config.host_blocks:
-            device.register(self.host_LNX.data_ptr(), self.host_LNX.nbytes)
+            device.register(self.host_LNX.data_ptr(), self.host_LNX.nbytes, whole_bytes=self.host_LNX[0].nbytes)
         self.device_LN2KPD = torch.zeros(
             (shape.num_layers, config.device_blocks + 1, *block), dtype=dtype, device=device.torch_device
         )
         self.staging_LN2KPD = torch.zeros((2, config.staging_blocks, *block), dtype=dtype, device=device.torch_device)
+        self.transfer_NX = torch.empty(
+            (transfer_blocks(config.staging_blocks), self.staging_LN2KPD[0, :1].numel()),
+            dtype=dtype,
+            device=device.torch_device,
+        )
         self._last_copy: Completion | None = None
         self._stored: list[Completion | None] = [None] * 4  # of the latest layers, by layer modulo 4
 
@@ -82,18 +88,17 @@ class KVStore:
             self._device.wait_for(stored)
 
     def staging_copies(
-        self, staging_block_ids: torch.Tensor, host_block_ids: torch.Tensor, *, to_host: bool
-    ) -> BlockCopies:
-        """Of blocks (int64, on the device) between the staging areas and the host pool, for the two methods below."""
-        return self._device.ops.block_copies(
-            self.staging_LN2KPD, staging_block_ids, self.host_LNX, host_block_ids, to_host=to_host
-        )
+        self, staging_block_ids: np.ndarray, host_block_ids: np.ndarray, *, to_host: bool
+    ) -> LayerCopies:
+        """On the stream: of blocks (int64) between the staging areas and the host pool, for the two methods below."""
+        pools = self.staging_LN2KPD, staging_block_ids, self.host_LNX, host_block_ids
+        return self._device.layer_copies(BlockTransfer(*pools, self.transfer_NX, to_host))
 
-    def load_staging(self, layer: int, copies: BlockCopies) -> Completion:
+    def load_staging(self, layer: int, copies: LayerCopies) -> Completion:
         """Submit: bring one layer of earlier chunks' KV to its area."""
         return self._device.submit_copies(lambda: copies.run(self.staging_area(layer), layer))
 
-    def store_staging(self, layer: int, copies: BlockCopies) -> None:
+    def store_staging(self, layer: int, copies: LayerCopies) -> None:
         """Submit: take one layer of a chunk's KV from its area to the host pool."""
         stored = self._device.submit_copies(lambda: copies.run(self.staging_area(layer), layer))
         self._last_copy = self._stored[layer % 4] = stored

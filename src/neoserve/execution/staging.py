@@ -24,10 +24,8 @@ class StagedPrefill:
         self._device = device
         self._store = store
         self._attend = attend
-        load = device.upload(copies.load_staging), device.upload(copies.load_host)
-        stored = device.upload(copies.store_staging), device.upload(copies.store_host)
-        self._loads = store.staging_copies(*load, to_host=False)
-        self._stores = store.staging_copies(*stored, to_host=True)
+        self._loads = store.staging_copies(copies.load_staging, copies.load_host, to_host=False)
+        self._stores = store.staging_copies(copies.store_staging, copies.store_host, to_host=True)
         self._loaded = store.load_staging(0, self._loads) if len(copies.load_host) else None
 
     def attend(self, layer: int) -> None:

@@ -1,17 +1,18 @@
-"""Copies of KV blocks between the device's layout and the host pool's, which the GPU reads and writes in place.
+"""Copies of KV blocks between the device's layout and the host pool's.
 
 A block on the device is [2][K][P][D]; in the host pool it is [K][2][P * D], where V has token pairs interleaved,
-[P / 2][D][2] (csrc/attention/attention.h). Both have 2-byte values. The host pool is registered memory, so one kernel
-does the gather, the change of layout and the transfer.
+[P / 2][D][2] (csrc/attention/attention.h). Both have 2-byte values.
 
-Few programs move the data: 16 saturate the bus to the host of an H200, and leave the other multiprocessors to the
-model.
+The host pool is registered memory, so one kernel can do the gather, the change of layout and the transfer, of all
+layers at once. But it keeps its multiprocessors for as long as the bus takes, and kernels that want all of them, as
+FlashAttention 3 and most matrix products do, wait for it. So what moves at every layer beside the model's work is
+changed in layout within the device, and crosses the bus by the copy engines (device/layer_copies.py).
 Letters: L layers, N blocks, K kv heads, P tokens per block, D head dim, X = 2KPD.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -20,7 +21,8 @@ import triton.language as tl
 from neoserve.kernels.base import BlockCopies
 from neoserve.kernels.launcher import Launcher
 
-_NUM_PROGRAMS = 16
+_BUS_PROGRAMS = 16
+"""They saturate the bus to the host of an H200."""
 
 
 @triton.jit(do_not_specialize=["first_layer", "first_host_layer", "num_tasks", "num_blocks"])  # type: ignore[untyped-decorator]
@@ -80,8 +82,10 @@ _NO_NUMBERS = (0, 0, 0, 0)
 
 @dataclass(eq=False)
 class MappedCopies(BlockCopies):
-    """`BlockCopies` by a kernel: what all layers have in common is looked up once, as prompts of the host tier copy at
-    every layer. The host pool is a CPU tensor over memory registered with the device."""
+    """`BlockCopies` by a kernel: what all layers have in common is looked up once. The host pool is on the device, or a
+    CPU tensor over memory registered with it."""
+
+    num_programs: int = field(kw_only=True, default=_BUS_PROGRAMS)
 
     def __post_init__(self) -> None:
         num_heads, block_size, head_dim = self.kv_LN2KPD.shape[3:]
@@ -97,6 +101,6 @@ class MappedCopies(BlockCopies):
     def run(self, layer: int, host_layer: int, num_layers: int = 1) -> None:
         num_tasks = num_layers * self._num_tasks
         if num_tasks:
-            grid = (min(_NUM_PROGRAMS, num_tasks), 1, 1)
+            grid = (min(self.num_programs, num_tasks), 1, 1)
             numbers = (layer, host_layer, num_tasks, self._num_blocks)
             self._kernel[grid](*self._pools, *numbers, *self._strides, *self._constants)
