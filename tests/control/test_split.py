@@ -306,7 +306,7 @@ def test_a_prompt_that_takes_several_iterations_brings_back_what_was_computed_of
     """Which a prompt that the device keeps does not."""
     host = Load.host_decode(60, 60 * 1024)
     table = CostTable.rough(LARGE)
-    slow_link = replace(table, migration_us_per_token=20 * table.migration_us_per_token)
+    slow_link = replace(table, migration_us_per_token=80 * table.migration_us_per_token)
     for costs, pays in ((table, True), (slow_link, False)):
         chosen = Splitter(CostModel(costs, LARGE), LARGE.num_layers, Policy())
         assert bool(chosen.rows_worth_having(DEVICE, DEVICE, host, balance=10.0, most_rows=2048)) == pays

@@ -374,7 +374,9 @@ class CostModel:
             attend_us += table.device_decode_us + load.device_tokens * table.device_us_per_token
         if load.prefill_rows:
             attend_us += table.prefill_us + load.prefill_pairs * table.prefill_us_per_pair
-            attend_us += load.staged_tokens * table.migration_us_per_token / self._num_layers
+            # What goes out and comes in does so beside the layer's other work (execution/staging.py).
+            staging_us = (load.staged_tokens + load.staged_rows) * table.migration_us_per_token / self._num_layers
+            attend_us = max(attend_us, staging_us - linear_us)
         device_us = [0.0] * len(OPS)
         device_us[_EMBED] = table.embed.at(load.rows)
         device_us[_PRE] = linear_us * self._pre_share
