@@ -168,7 +168,7 @@ class Calibration:
         def time_us(num_rows: int) -> float:
             return self._linear_us(num_rows, recorded=num_rows <= max((MAX_RECORDED_ROWS, *recorded)), least_s=least_s)
 
-        return _curve(time_us, sizes, most)
+        return _curve(time_us, sizes, most, may_fall=self._config.device == "cuda")
 
     def _linear_us(self, num_rows: int, *, recorded: bool, least_s: float) -> float:
         x_TE = self._random(num_rows, self._shape.hidden_size)
@@ -419,12 +419,16 @@ def _row(slot: int, name: str, tier: Tier, start: int) -> Rows:
     )  # fmt: skip
 
 
-def _curve(time_us: Callable[[int], float], sizes: Iterable[int], most: int) -> Curve:
-    """`time_us` at `most` and at the sizes below, the largest first. It never falls: where more rows take less time,
-    they are what fewer are worth."""
+def _curve(time_us: Callable[[int], float], sizes: Iterable[int], most: int, *, may_fall: bool = False) -> Curve:
+    """`time_us` at `most` and at the sizes below, the largest first.
+
+    may_fall: fewer may take longer than more, as products of matrices on a GPU do, whose tiles fit some numbers of rows
+    better than others. Else that was something else on the machine, and they count as taking as long.
+    """
     below = sorted((size for size in sizes if size < most), reverse=True)
     descending = [most, *below]
-    return Curve(tuple(zip(descending, accumulate(map(time_us, descending), min), strict=True))[::-1])
+    times_us = map(time_us, descending)
+    return Curve(tuple(zip(descending, times_us if may_fall else accumulate(times_us, min), strict=True))[::-1])
 
 
 def _line(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
