@@ -62,6 +62,23 @@ def test_room_that_the_head_of_the_queue_does_not_fit_goes_to_who_is_on_the_host
     assert len(came) > 5
 
 
+def test_who_stays_on_the_host_though_that_does_not_pay_comes_back_before_others_enter() -> None:
+    """Two sequences that nobody foresaw to be so long fill the device pool, and the newer one has to leave it. There it
+    gets a token once in a while, and would as long as others wait for the device pool."""
+    settings = config(device_blocks=12, host_blocks=40)
+    loop = Loop(scheduler_for(settings, Policy(expected_share=0.0), host_gb_s=0.01), Machine(settings))
+    for name in ("older", "newer"):
+        loop.scheduler.add(request(name, 20, 100))
+    for n in range(400):
+        loop.scheduler.add(request(f"r{n}", 60, 10))
+    while "newer" not in migrations(loop, Tier.HOST):
+        loop.step()
+    assert "newer" in migrations(loop, Tier.DEVICE)
+    assert loop.scheduler.num_waiting > 200
+    loop.drain()
+    assert all(loop.outputs[name] == true_output(request(name, 20, 100)) for name in ("older", "newer"))
+
+
 def test_when_the_device_pool_has_room_the_oldest_of_the_host_comes_back() -> None:
     settings = config(device_blocks=12, host_blocks=40)
     loop = Loop(scheduler_for(settings, Policy(expected_share=0.0)), Machine(settings))

@@ -17,6 +17,7 @@ class Policy:
     max_ratio: without a target, so many host sequences are admitted that they get a token once in so many iterations.
     slowest_ratio: where host rows do not pay, a lap of theirs may take so many iterations.
     max_skipped: and it begins after at most so many iterations without host rows.
+    most_forced: after so many such laps in a row, host sequences go back to the device before new requests enter it.
     min_gain: pipelining must be predicted to be this much better than device-only, and another number of host rows
         than the one that is wanted.
     entry_gain: and this much for the first request to enter the host tier, where it has to be served to its end;
@@ -31,6 +32,7 @@ class Policy:
     max_ratio: int = 4
     slowest_ratio: int = 16
     max_skipped: int = 16
+    most_forced: int = 8
     min_gain: float = 1.02
     entry_gain: float = 1.08
     host_stretch: float = 1.5

@@ -57,6 +57,7 @@ class Scheduler:
         self._num_iterations = 0
         self._num_laps = 0
         self._num_skipped = 0  # iterations since host rows could have begun a lap
+        self._num_forced = 0  # laps of theirs in a row that began because they had to, not because they paid
         self._num_pipelined = 0
         self._num_failed = 0
         self._sub_batch_rows = (0, 0)
@@ -112,10 +113,12 @@ class Scheduler:
         if period and self._num_iterations % period == 0:
             self._placement.force_migration(running)
         device, host = self._decoding(running)
+        host_starves = self._num_forced >= self._policy.most_forced
+        if host_starves:
+            host = self._refill_device(host)
         prompts, chunks = self._prompts(running, self._config.max_num_batched_tokens - len(device) - len(host))
-        if not self._admission.waits_for_device:
-            self._placement.refill_device(host)
-            host = self._staying(host)
+        if not (host_starves or self._admission.waits_for_device):
+            host = self._refill_device(host)
         if not (device or host or chunks or self._host_lap):
             return self._open_iteration([], [], None) if self._placement.departures else None
         choice = self._choose(device, host, chunks)
@@ -203,6 +206,11 @@ class Scheduler:
             device = self._staying(device)
         return device, host
 
+    def _refill_device(self, host: list[Sequence]) -> list[Sequence]:
+        """Let host sequences move to room in the device pool; returns those that stay."""
+        self._placement.refill_device(host)
+        return self._staying(host)
+
     def _staying(self, sequences: list[Sequence]) -> list[Sequence]:
         return [sequence for sequence in sequences if self._placement.stays(sequence)]
 
@@ -255,6 +263,8 @@ class Scheduler:
         choice = self._splitter.choose(work)
         waits = work.host_tokens and not any(choice.num_host)
         self._num_skipped = self._num_skipped + 1 if waits else 0
+        if work.host_tokens and not waits:
+            self._num_forced = self._num_forced + 1 if work.must_run_host else 0
         return choice
 
     def _carry_out(
