@@ -25,8 +25,10 @@ from neoserve.core.plan import IterationPlan, IterationResult, SampledToken
 from neoserve.engine.core import PIPELINE_DEPTH
 from neoserve.models.families import parse_config
 from neoserve.models.presets import PRESETS
-from neoserve.scheduling.cost import CostModel, CostTable, Load
+from neoserve.scheduling.cost import CostModel
+from neoserve.scheduling.load import Load
 from neoserve.scheduling.scheduler import Scheduler
+from neoserve.scheduling.table import CostTable
 
 BLOCK_SIZE = 16
 

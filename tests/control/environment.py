@@ -16,9 +16,11 @@ from neoserve.core.config import ModelShape, ResolvedConfig
 from neoserve.core.plan import IterationPlan, IterationResult, Rows, SampledToken, SubBatch, Tier
 from neoserve.core.program import program
 from neoserve.core.request import Request, SamplingParams, TokenEvent
-from neoserve.scheduling.cost import CostModel, CostTable, Load
+from neoserve.scheduling.cost import CostModel
+from neoserve.scheduling.load import Load
 from neoserve.scheduling.policy import Policy
 from neoserve.scheduling.scheduler import Scheduler
+from neoserve.scheduling.table import CostTable
 
 POISON = -1
 STOP = 0

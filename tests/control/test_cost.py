@@ -12,7 +12,9 @@ from neoserve.core.config import ModelShape
 from neoserve.core.plan import Tier
 from neoserve.core.program import Op, Span
 from neoserve.scheduling import timeline
-from neoserve.scheduling.cost import CostModel, CostTable, Curve, Kind, Load, Price
+from neoserve.scheduling.cost import CostModel, Kind, Price
+from neoserve.scheduling.load import Load
+from neoserve.scheduling.table import CostTable, Curve
 from neoserve.scheduling.timeline import OPS
 from tests.control.environment import H200_LINEAR_US, LARGE
 

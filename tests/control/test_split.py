@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from neoserve.core.plan import Tier
 from neoserve.core.program import Span
 from neoserve.scheduling.candidates import Choice, Chunk, Pace, Work, deal
-from neoserve.scheduling.cost import CostModel, CostTable, Curve, Load
+from neoserve.scheduling.cost import CostModel
+from neoserve.scheduling.load import Load
 from neoserve.scheduling.policy import Policy
 from neoserve.scheduling.split import Splitter
+from neoserve.scheduling.table import CostTable, Curve
 from tests.control.environment import H200_LINEAR_US, LARGE
 
 NUM_STEPS = LARGE.num_layers + 1

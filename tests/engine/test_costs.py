@@ -14,7 +14,7 @@ from neoserve.device.base import Exchange
 from neoserve.engine import calibrate
 from neoserve.execution.executor import Executor
 from neoserve.execution.handoff import HandOff
-from neoserve.scheduling.cost import CostTable
+from neoserve.scheduling.table import CostTable
 from tests.engine.conftest import Tiny
 from tests.engine.driving import engine
 

@@ -12,7 +12,7 @@ import pytest
 
 from neoserve.models.families import parse_config
 from neoserve.models.presets import PRESETS
-from neoserve.scheduling.cost import CostTable
+from neoserve.scheduling.table import CostTable
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "simulate.py"

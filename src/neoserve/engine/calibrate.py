@@ -26,7 +26,7 @@ from neoserve.execution.executor import Executor
 from neoserve.execution.handoff import FLAG_WORDS
 from neoserve.execution.head import GROUP_ROWS
 from neoserve.models.decoder import split_qkv
-from neoserve.scheduling.cost import CostTable, Curve
+from neoserve.scheduling.table import CostTable, Curve
 
 REPEATS = 5
 CHAINED = 16

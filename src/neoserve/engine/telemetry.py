@@ -20,7 +20,8 @@ from neoserve.core.program import Op, Stage
 from neoserve.device.base import Copy, Device, Mark
 from neoserve.execution.executor import Launched
 from neoserve.execution.issue import OnStage
-from neoserve.scheduling.cost import Kind, Load
+from neoserve.scheduling.cost import Kind
+from neoserve.scheduling.load import Load
 
 LANES = ("iterations", "compute", "sub-batch 0", "sub-batch 1", "copies", "workers")
 _COPIES = {"out": "q k v out", "back": "output back", "tiers": "KV between tiers"}

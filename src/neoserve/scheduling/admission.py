@@ -12,7 +12,8 @@ from neoserve.core.errors import InvalidRequestError, QueueFullError
 from neoserve.core.plan import Tier
 from neoserve.core.request import Request
 from neoserve.scheduling.candidates import Pace
-from neoserve.scheduling.cost import CostModel, Load
+from neoserve.scheduling.cost import CostModel
+from neoserve.scheduling.load import Load
 from neoserve.scheduling.placement import Placement
 from neoserve.scheduling.sequence import Sequence
 from neoserve.scheduling.split import Splitter

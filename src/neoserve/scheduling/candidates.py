@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from neoserve.core.plan import Tier
 from neoserve.core.program import Span
-from neoserve.scheduling.cost import CostModel, Load, Price
+from neoserve.scheduling.cost import CostModel, Price
+from neoserve.scheduling.load import Load
 
 
 @dataclass(frozen=True, slots=True)

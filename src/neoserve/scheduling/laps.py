@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from neoserve.core.plan import IterationPlan, SubBatch
 from neoserve.core.program import Span
 from neoserve.kv.manager import Residence
-from neoserve.scheduling.cost import Load, Price
+from neoserve.scheduling.cost import Price
+from neoserve.scheduling.load import Load
 from neoserve.scheduling.sequence import Sequence
 
 

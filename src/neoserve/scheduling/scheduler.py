@@ -26,8 +26,9 @@ from neoserve.core.request import Request, TokenEvent
 from neoserve.core.stats import EngineStats
 from neoserve.scheduling.admission import Admission
 from neoserve.scheduling.candidates import NO_PACE, Choice, Chunk, Work, deal
-from neoserve.scheduling.cost import CostModel, Load, Price
+from neoserve.scheduling.cost import CostModel, Price
 from neoserve.scheduling.laps import Lap, OpenIteration
+from neoserve.scheduling.load import Load
 from neoserve.scheduling.outcome import Outcome
 from neoserve.scheduling.placement import Placement
 from neoserve.scheduling.policy import Policy

@@ -17,7 +17,8 @@ from functools import lru_cache
 from neoserve.core.plan import Tier
 from neoserve.core.program import Span
 from neoserve.scheduling.candidates import Choice, Chunk, Pace, Pricing, Work
-from neoserve.scheduling.cost import CostModel, Load
+from neoserve.scheduling.cost import CostModel
+from neoserve.scheduling.load import Load
 from neoserve.scheduling.policy import Policy
 
 _RATIOS = (1, 2, 3, 4, 5, 6, 7, 8, 11)  # iterations that a host lap may take, tried in this order
