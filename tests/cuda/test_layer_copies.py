@@ -1,6 +1,7 @@
 """Blocks that move between the tiers a layer at a time, by the copy engines."""
 
 import mmap
+from functools import partial
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_layer_copies_are_those_of_the_kernel(device: CudaDevice, buffer_blocks:
     def move(kv: torch.Tensor, to_host: bool) -> None:
         copies = device.layer_copies(BlockTransfer(kv, ids, host, host_ids, buffer, to_host))
         for layer in range(LAYERS):
-            copied = device.submit_copies(lambda layer=layer: copies.run(layer % 2, layer))  # type: ignore[misc]
+            copied = device.submit_copies(partial(copies.run, layer % 2, layer))
         device.wait_for(copied)
 
     device.submit(lambda: move(areas, to_host=True)).wait()

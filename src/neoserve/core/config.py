@@ -9,8 +9,9 @@ from neoserve.core.errors import ConfigError
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-_MOST_TRANSFER_BLOCKS = 128
 OffloadMode = Literal["auto", "off", "all"]
+
+_MOST_TRANSFER_BLOCKS = 128
 
 
 def parse_bytes(text: str) -> int:

@@ -16,10 +16,9 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
-from neoserve.kernels.base import BlockCopies, DecodePlans, Ops, PagedAttention, PagedBatch
+from neoserve.kernels.base import DecodePlans, Ops, PagedAttention, PagedBatch
 
 __all__ = [
-    "BlockCopies",
     "BlockTransfer",
     "Completion",
     "Copy",

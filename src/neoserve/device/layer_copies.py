@@ -73,10 +73,8 @@ class EngineCopies:
 
 
 def _relayout(ids_2N: torch.Tensor, buffer_1NX: torch.Tensor, to_host: bool, kv_N2KPD: torch.Tensor) -> None:
-    """One program for each kv head of each block: short ones, which no other kernel has to wait for."""
-    num_programs = ids_2N.shape[1] * kv_N2KPD.shape[2]
-    pools = kv_N2KPD.unsqueeze(0), ids_2N[0], buffer_1NX, ids_2N[1]
-    MappedCopies(*pools, to_host=to_host, num_programs=num_programs).run(0, 0)
+    """Between the blocks of one layer on the device and the buffer."""
+    MappedCopies(kv_N2KPD.unsqueeze(0), ids_2N[0], buffer_1NX, ids_2N[1], to_host=to_host).run(0, 0)
 
 
 def _copies(host_block_ids: np.ndarray, buffer_NX: torch.Tensor) -> Iterator[_Copy]:

@@ -41,7 +41,7 @@ MAX_RECORDED_ROWS = 256
 HEATING_S, SUSTAINED_S = 1.0, 0.08
 """How long the most rows, and then each other number of them, go through the linear layers on a GPU, the most first and
 without a pause: matrix products of an H200 are up to a quarter slower after a second of them than in the first
-milliseconds, those of few rows above all, at the clocks that it reports throughout."""
+milliseconds, those of few rows above all, because its limit of power lowers its clocks."""
 MAX_LAYERS = 8
 """Layers that a linear measurement goes through: enough that none finds its weights in a cache."""
 
@@ -159,8 +159,8 @@ class Calibration:
     def _linear(self) -> Curve:
         """The linear layers, recorded or not as they will be."""
         most, recorded, least_s = self._config.max_num_batched_tokens, self._executor.recorded_rows, 0.0
-        sizes = {*SIZES, *recorded}
-        if self._config.device == "cuda":
+        sizes, on_gpu = {*SIZES, *recorded}, self._config.device == "cuda"
+        if on_gpu:
             sizes.update(size for size in MORE_SIZES if size > max(recorded, default=0))
             least_s = SUSTAINED_S
             self._linear_us(most, recorded=False, least_s=HEATING_S)
@@ -168,7 +168,7 @@ class Calibration:
         def time_us(num_rows: int) -> float:
             return self._linear_us(num_rows, recorded=num_rows <= max((MAX_RECORDED_ROWS, *recorded)), least_s=least_s)
 
-        return _curve(time_us, sizes, most, may_fall=self._config.device == "cuda")
+        return _curve(time_us, sizes, most, may_fall=on_gpu)
 
     def _linear_us(self, num_rows: int, *, recorded: bool, least_s: float) -> float:
         x_TE = self._random(num_rows, self._shape.hidden_size)

@@ -12,7 +12,7 @@ Letters: L layers, N blocks, K kv heads, P tokens per block, D head dim, X = 2KP
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -22,7 +22,7 @@ from neoserve.kernels.base import BlockCopies
 from neoserve.kernels.launcher import Launcher
 
 _BUS_PROGRAMS = 16
-"""They saturate the bus to the host of an H200."""
+"""Of a copy that crosses the bus: they saturate that to the host of an H200."""
 
 
 @triton.jit(do_not_specialize=["first_layer", "first_host_layer", "num_tasks", "num_blocks"])  # type: ignore[untyped-decorator]
@@ -82,10 +82,9 @@ _NO_NUMBERS = (0, 0, 0, 0)
 
 @dataclass(eq=False)
 class MappedCopies(BlockCopies):
-    """`BlockCopies` by a kernel: what all layers have in common is looked up once. The host pool is on the device, or a
-    CPU tensor over memory registered with it."""
-
-    num_programs: int = field(kw_only=True, default=_BUS_PROGRAMS)
+    """`BlockCopies` by a kernel: what all layers have in common is looked up once. The host pool is a CPU tensor over
+    memory registered with the device; or on the device, and each program copies one kv head of one block: short ones,
+    which no other kernel has to wait for."""
 
     def __post_init__(self) -> None:
         num_heads, block_size, head_dim = self.kv_LN2KPD.shape[3:]
@@ -101,6 +100,6 @@ class MappedCopies(BlockCopies):
     def run(self, layer: int, host_layer: int, num_layers: int = 1) -> None:
         num_tasks = num_layers * self._num_tasks
         if num_tasks:
-            grid = (min(self.num_programs, num_tasks), 1, 1)
+            grid = (num_tasks if self.host_LNX.is_cuda else min(_BUS_PROGRAMS, num_tasks), 1, 1)
             numbers = (layer, host_layer, num_tasks, self._num_blocks)
             self._kernel[grid](*self._pools, *numbers, *self._strides, *self._constants)
