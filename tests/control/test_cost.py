@@ -60,11 +60,19 @@ def test_device_decode_by_hand() -> None:
 
 
 def test_prefill_by_hand() -> None:
-    """Four rows after eight tokens see 9 + 10 + 11 + 12 tokens; a chunk that yields no token needs no head."""
+    """Four rows after eight tokens see 9 + 10 + 11 + 12 tokens; a chunk that yields no token needs no head, nor what
+    comes before it in the last layer after the attention."""
     load = Load.prefill(Tier.DEVICE, start=8, count=4, samples=True)
     assert total(table(), [whole()], {0: load}) == 5 + 3 * (14 + 2 + 42 * 0.25) + 7
     chunk = Load.prefill(Tier.DEVICE, start=8, count=4, samples=False)
-    assert total(table(), [whole()], {0: chunk}) == 5 + 3 * (14 + 2 + 42 * 0.25)
+    assert total(table(), [whole()], {0: chunk}) == 5 + 3 * (14 + 2 + 42 * 0.25) - 8
+
+
+def test_the_last_layer_ends_with_the_rows_that_yield_a_token() -> None:
+    """100 rows take 28 us a layer, the one that samples 14."""
+    costs = table(linear=Curve(((1, 14.0), (100, 28.0))))
+    load = Load.prefill(Tier.DEVICE, start=0, count=100, samples=True)
+    assert total(costs, [whole()], {0: load}) == 5 + 3 * (28 + 2 + 5050 * 0.25) - (16 - 8) + 7
 
 
 def test_copies_of_a_host_prompt_hide_behind_the_layer_as_far_as_they_can() -> None:

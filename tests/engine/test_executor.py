@@ -18,6 +18,8 @@ from neoserve.device.base import Device
 from neoserve.engine.build import make_device
 from neoserve.engine.resolve import Threads
 from neoserve.execution.executor import Executor
+from neoserve.execution.graphs import StageGraphs
+from neoserve.execution.linear import EagerLinear
 from neoserve.models.checkpoint import open_checkpoint
 from neoserve.models.decoder import Decoder
 from neoserve.models.weights import load_weights
@@ -254,6 +256,37 @@ def test_prompts_divided_between_the_sub_batches(
         plans.append(script.plan(Span(0, 0, STEPS, Tier.HOST in tiers.values()), begins=(lap,), ends=(lap,)))
     script.run(plans)
     script.check(tiny, {"a": expected, "b": expected})
+
+
+@pytest.mark.parametrize("sizes", [(), (16, 32)])
+def test_the_last_layer_may_end_with_some_of_the_rows(tiny: Tiny, sizes: tuple[int, ...]) -> None:
+    """Of 20 rows, which fill up a recording of 32, in any order: those of 16 do."""
+    device = device_for(tiny)
+    executor = make_executor(tiny, device)
+    model, dtype = executor.model, getattr(torch, DTYPE)
+    results: list[torch.Tensor] = []
+
+    def work() -> None:
+        graphs = StageGraphs(device, model, dtype, sizes, one_by_one=False) if sizes else None
+        for size in sizes:
+            assert graphs is not None
+            graphs.record(size)
+        token_ids_T = torch.tensor(PROMPT, device=device.torch_device)
+        row_ids_B = torch.tensor([19, 3, 4], device=device.torch_device)
+        for wanted in (None, row_ids_B):
+            linear = graphs.linear(len(PROMPT)) if graphs is not None else EagerLinear(model)
+            assert linear is not None
+            linear.embed(token_ids_T, token_ids_T)
+            for layer in range(model.shape.num_layers):
+                linear.pre(layer)
+                linear.attn_THD.copy_(linear.qkv_TCD[:, : model.shape.num_query_heads])
+                linear.post(layer, wanted if layer == model.shape.num_layers - 1 else None)
+            results.append(linear.x_TE.clone())
+        results[0] = results[0][row_ids_B]
+
+    device.submit(work).wait()
+    torch.testing.assert_close(results[1][:3], results[0])
+    executor.close()
 
 
 @pytest.mark.skipif(ON_GPU, reason="a GPU has cores of its own")

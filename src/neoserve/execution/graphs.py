@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -102,13 +101,18 @@ class RecordedLinear:
 
     POST(i - 1) and PRE(i) stand side by side in every program, so `post` leaves its work to the `pre` that follows;
     only the last one replays its own.
+
+    buckets: the steps of each; `steps` are those of the one that holds the rows.
     """
 
     stays: ClassVar[bool] = True
 
-    def __init__(self, rows: Rows, steps: Sequence[Replay], shape: ModelShape) -> None:
+    def __init__(
+        self, rows: Rows, steps: Sequence[Replay], buckets: Mapping[int, Sequence[Replay]], shape: ModelShape
+    ) -> None:
         self._rows = rows
         self._steps = steps
+        self._buckets = buckets
         self._shape = shape
         self._attention_rows: dict[tuple[int, int], AttentionRows] = {}
         self.x_TE = rows.x_TE
@@ -127,9 +131,16 @@ class RecordedLinear:
             self._attention_rows[key] = AttentionRows.of(self.qkv_TCD, self.attn_THD, rows, self._shape)
         return self._attention_rows[key]
 
-    def post(self, layer: int) -> None:
-        if layer == len(self._steps) - 2:
-            self._steps[layer + 1]()
+    def post(self, layer: int, row_ids_B: torch.Tensor | None = None) -> None:
+        if layer < len(self._steps) - 2:
+            return
+        if row_ids_B is None:
+            self._steps[-1]()
+            return
+        num_rows = len(row_ids_B)
+        for tensor in (self.attn_THD, self._rows.residual_TE):
+            tensor[:num_rows].copy_(tensor.index_select(0, row_ids_B))
+        self._buckets[min(size for size in self._buckets if size >= num_rows)][-1]()
 
 
 class StageGraphs:
@@ -167,10 +178,10 @@ class StageGraphs:
 
     def linear(self, num_rows: int) -> Linear | None:
         """For a lap of `num_rows` rows; `None` when no recorded bucket holds them."""
-        size = _bucket(sorted(self._steps), num_rows)
+        size = _bucket(self._steps, num_rows)
         if size is None:
             return None
-        return RecordedLinear(self._rows.first(num_rows), self._steps[size], self._model.shape)
+        return RecordedLinear(self._rows.first(num_rows), self._steps[size], self._steps, self._model.shape)
 
 
 class LapGraphs:
@@ -211,24 +222,25 @@ class LapGraphs:
 
     def holds(self, num_sequences: int) -> bool:
         """Whether a recorded bucket holds a lap of so many sequences."""
-        return _bucket(sorted(self._laps), num_sequences) is not None
+        return _bucket(self._laps, num_sequences) is not None
 
     def replay(self, batch: PagedBatch, slots_B: torch.Tensor, positions_B: torch.Tensor) -> Linear:
         """Enqueue the lap of a decode batch whose sequences have `slots_B`; what it leaves for the HEAD."""
-        size = _bucket(sorted(self._laps), batch.num_sequences)
+        size = _bucket(self._laps, batch.num_sequences)
         assert size is not None, "ask `holds` first"
         self._bring(batch, size, slots_B, positions_B)
         self._laps[size]()
-        return RecordedLinear(self._rows.first(batch.num_sequences), (), self._model.shape)
+        return RecordedLinear(self._rows.first(batch.num_sequences), (), {}, self._model.shape)
 
     def steps(self, batch: PagedBatch, slots_B: torch.Tensor, positions_B: torch.Tensor) -> Linear | None:
         """Begin the lap of such a batch in steps, each with its EMBED or POST, its PRE and its ATTEND; `None` if no
         recorded bucket holds it."""
-        size = _bucket(sorted(self._steps), batch.num_sequences)
+        size = _bucket(self._steps, batch.num_sequences)
         if size is None:
             return None
         self._bring(batch, size, slots_B, positions_B)
-        return RecordedLinear(self._rows.first(batch.num_sequences), self._steps[size], self._model.shape)
+        rows = self._rows.first(batch.num_sequences)
+        return RecordedLinear(rows, self._steps[size], self._steps, self._model.shape)
 
     def _bring(self, batch: PagedBatch, size: int, slots_B: torch.Tensor, positions_B: torch.Tensor) -> None:
         self._slots_B[: batch.num_sequences].copy_(slots_B)
@@ -357,10 +369,9 @@ def _up_to(buckets: Sequence[int], most: int) -> tuple[int, ...]:
     return tuple(size for index, size in enumerate(buckets) if index == 0 or buckets[index - 1] < most)
 
 
-def _bucket(sizes: Sequence[int], count: int) -> int | None:
-    """The smallest of the growing `sizes` that is at least `count`."""
-    index = bisect_left(sizes, count)
-    return sizes[index] if index < len(sizes) else None
+def _bucket(sizes: Iterable[int], count: int) -> int | None:
+    """The smallest of `sizes` that is at least `count`."""
+    return min((size for size in sizes if size >= count), default=None)
 
 
 def _keep(target: torch.Tensor, result: torch.Tensor) -> None:

@@ -21,7 +21,10 @@ GROUP_ROWS = 64
 
 
 class Head:
-    """The HEAD of one lap. `run` enqueues it on the stream; `tokens` is read by the caller once that is done."""
+    """The HEAD of one lap. `run` enqueues it on the stream; `tokens` is read by the caller once that is done.
+
+    reads_prompts: whether it reads rows of prompts that yield no token.
+    """
 
     def __init__(self, device: Device, model: Decoder, sub_batch: SubBatch, requests: Mapping[str, Request]) -> None:
         self._device = device
@@ -29,6 +32,8 @@ class Head:
         self._sub_batch = sub_batch
         self._params = {request_id: request.params for request_id, request in requests.items()}
         self._prompts = {request_id: request.prompt_token_ids for request_id, request in requests.items()}
+        asked = [self._params[rows.request_id].prompt_logprobs for rows in sub_batch.prefill]
+        self.reads_prompts = any(count is not None for count in asked)
         self._ids: list[torch.Tensor] = []
         self._logprobs: list[Logprobs | None] = []
         self._prompt_logprobs: dict[str, list[Logprobs]] = {}
@@ -37,15 +42,20 @@ class Head:
         self,
         x_TE: torch.Tensor,
         sampling: Sequence[Rows],
-        sampling_rows: torch.Tensor,
+        sampling_rows: torch.Tensor | None,
         state: SamplingState,
         last_ids_S: torch.Tensor,
     ) -> None:
-        """Sample the rows `sampling_rows` (int64, on the device) for `sampling`, one each, into `last_ids_S`."""
+        """Sample for `sampling`, from one row each, into `last_ids_S`.
+
+        sampling_rows: those rows, int64, on the device; `None`: the first ones.
+        """
         self._prompt_rows(x_TE)
         for first in range(0, len(sampling), GROUP_ROWS):
             group = sampling[first : first + GROUP_ROWS]
-            logits_BV = self._model.head(x_TE, sampling_rows[first : first + GROUP_ROWS])
+            which = slice(first, first + len(group))
+            rows = (x_TE[which],) if sampling_rows is None else (x_TE, sampling_rows[which])
+            logits_BV = self._model.head(*rows)
             batch = state.batch(group)
             ids_B = state.sample(logits_BV, batch)
             last_ids_S[batch.slots_B] = ids_B

@@ -81,7 +81,7 @@ class Lap:
         self._linear: Linear = EagerLinear(shop.model)
         self._attends: list[Callable[[int], None]] = []
         self._exchange: Exchange | None = None
-        self._sampling_rows = torch.empty(0)
+        self._sampling_rows: torch.Tensor | None = None  # `None`: the first ones
         requests = {rows.request_id: sequences[rows.request_id].request for rows in sub_batch.rows}
         self._head = Head(shop.device, shop.model, sub_batch, requests)
 
@@ -134,7 +134,8 @@ class Lap:
         inputs = self._inputs
         num_decodes = inputs.num_rows - inputs.num_prefill_rows
         sizes = [inputs.num_prefill_rows, inputs.num_rows, num_decodes, len(inputs.sampling)]
-        prompt_ids, positions, slots, self._sampling_rows = torch.split(self._shop.device.upload(inputs.indices), sizes)
+        prompt_ids, positions, slots, sampling = torch.split(self._shop.device.upload(inputs.indices), sizes)
+        self._sampling_rows = sampling if len(sampling) < inputs.num_rows else None
         return prompt_ids, positions, slots
 
     def _plan_attention(self) -> None:
@@ -185,8 +186,12 @@ class Lap:
         self._exchange = None
 
     def post(self, layer: int) -> None:
-        """POST: output projection and MLP."""
-        self._linear.post(layer)
+        """POST: output projection and MLP; in the last layer, of the rows that the HEAD reads."""
+        if layer < self._shop.model.shape.num_layers - 1 or self._head.reads_prompts:
+            self._linear.post(layer)
+        elif self._inputs.sampling:
+            self._linear.post(layer, self._sampling_rows)
+            self._sampling_rows = None
 
     def head(self) -> None:
         """HEAD: logits of the rows that yield a token, and the tokens."""

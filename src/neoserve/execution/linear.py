@@ -54,8 +54,11 @@ class Linear(Protocol):
     def attention_rows(self, rows: slice) -> AttentionRows:
         """Some of the rows between `pre` and `post`."""
 
-    def post(self, layer: int) -> None:
-        """Output projection and MLP."""
+    def post(self, layer: int, row_ids_B: torch.Tensor | None = None) -> None:
+        """Output projection and MLP.
+
+        row_ids_B: int64, in the last layer: those rows only, which `x_TE` then begins with; `None`: all.
+        """
 
 
 _NOTHING = torch.empty(0)
@@ -86,11 +89,15 @@ class EagerLinear:
     def attention_rows(self, rows: slice) -> AttentionRows:
         return AttentionRows.of(self.qkv_TCD, self.attn_THD, rows, self._model.shape)
 
-    def post(self, layer: int) -> None:
+    def post(self, layer: int, row_ids_B: torch.Tensor | None = None) -> None:
         self.qkv_TCD = _NOTHING
-        self.x_TE, self.residual_TE = self._model.layers[layer].after_attention(self._take_attn(), self.residual_TE)
+        after_attention = self._model.layers[layer].after_attention
+        self.x_TE, self.residual_TE = after_attention(*self._take(row_ids_B))
 
-    def _take_attn(self) -> torch.Tensor:
-        """What attention wrote, which is then the taker's alone."""
-        attn_THD, self.attn_THD = self.attn_THD, _NOTHING
-        return attn_THD
+    def _take(self, row_ids_B: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What attention wrote and the residual, of some rows or all; they are then the taker's alone."""
+        attn_THD, residual_TE = self.attn_THD, self.residual_TE
+        self.attn_THD = self.residual_TE = _NOTHING
+        if row_ids_B is None:
+            return attn_THD, residual_TE
+        return attn_THD.index_select(0, row_ids_B), residual_TE.index_select(0, row_ids_B)

@@ -105,11 +105,12 @@ class CostModel:
         cpu_us = launch_us + self._overhead.us
         table_us = max(walked_us, host_us, cpu_us)
         kind = Kind.of(program_spans, prefill=bool(with_prompts))
+        first = loads[program_spans[0].sub_batch]
         tells = (
             kind is Kind.DEVICE_PREFILL
             and len(program_spans) == 1
             and walked_us > cpu_us
-            and self._reads_bound(self._computed_rows(loads[program_spans[0].sub_batch]))
+            and self._reads_bound(self._computed_rows(first, first.rows))
         )
         return Price(
             kind,
@@ -186,7 +187,8 @@ class CostModel:
 
     def stage_costs(self, load: Load) -> StageCosts:
         table = self.table
-        linear_us = table.linear.at(self._computed_rows(load))
+        linear_us = table.linear.at(self._computed_rows(load, load.rows))
+        last_linear_us = table.linear.at(self._computed_rows(load, load.samples)) if load.samples else 0.0
         attend_us = 0.0
         if load.device_tokens:
             attend_us += table.device_decode_us + load.device_tokens * table.device_us_per_token
@@ -201,6 +203,7 @@ class CostModel:
         device_us[_ATTEND] = attend_us
         device_us[_POST] = linear_us * (1 - self._pre_share)
         device_us[_HEAD] = table.head.at(load.samples) if load.samples else 0.0
+        device_us[_HEAD] -= (linear_us - last_linear_us) * (1 - self._pre_share)  # POST before it has fewer rows
         handoff_us = table.handoff_us + load.host_rows * table.handoff_us_per_row
         return StageCosts(tuple(device_us), self._task_us(load), handoff_us)
 
@@ -208,11 +211,11 @@ class CostModel:
         """Whether the linear layers take at most twice as long for so many rows as for one."""
         return self.table.linear.at(num_rows) <= 2 * self.table.linear.at(1)
 
-    def _computed_rows(self, load: Load) -> int:
-        """Rows that the linear layers compute for a load."""
+    def _computed_rows(self, load: Load, num_rows: int) -> int:
+        """Rows that the linear layers compute for so many of a load."""
         if load.prefill_rows or load.host_rows:
-            return next((size for size in self.table.recorded_rows if size >= load.rows), load.rows)
-        return load.rows
+            return next((size for size in self.table.recorded_rows if size >= num_rows), num_rows)
+        return num_rows
 
     def _task_us(self, load: Load) -> float:
         """One layer's host attention, hand-off apart."""
