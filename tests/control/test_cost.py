@@ -242,13 +242,28 @@ def test_a_model_that_is_wrong_by_a_factor_learns_it_for_that_kind_alone() -> No
     model = CostModel(table(), SHAPE)
     decode, prefill = Load.device_decode(2, 10), Load.prefill(Tier.DEVICE, 0, 4, samples=True)
     before = model.price([whole()], {0: prefill}).total_us
-    for _ in range(60):
+    for _ in range(300):
         price = model.price([whole()], {0: decode})
         model.observe(price, 1.8 * price.table_us)
     assert price.kind is Kind.DEVICE_DECODE
     assert model.price([whole()], {0: decode}).total_us == pytest.approx(1.8 * price.table_us, rel=0.02)
-    assert model.price([whole()], {0: prefill}).total_us == before
+    assert model.price([whole()], {0: prefill}).total_us == pytest.approx(before, rel=0.02)
     assert model.error < 0.05
+
+
+def test_a_machine_that_is_slow_for_a_while_is_not_learned_as_what_ran_then() -> None:
+    """Else that would seem too dear afterwards, and what does not run is not corrected."""
+    model = CostModel(table(), SHAPE)
+    decode, prefill = Load.device_decode(2, 10), Load.prefill(Tier.DEVICE, 0, 4, samples=True)
+    prices = [model.price([whole()], {0: load}) for load in (decode, prefill)]
+    for _ in range(15):
+        model.observe(prices[0], 1.7 * prices[0].table_us)
+    slow = [model.price([whole()], {0: load}).total_us for load in (decode, prefill)]
+    assert slow[0] > 1.4 * prices[0].table_us
+    assert slow[0] / slow[1] == pytest.approx(prices[0].table_us / prices[1].table_us, rel=0.3)
+    for _ in range(15):
+        model.observe(prices[1], prices[1].table_us)
+    assert model.price([whole()], {0: decode}).total_us == pytest.approx(prices[0].table_us, rel=0.3)
 
 
 def test_what_delays_host_rows_that_nothing_hides_does_not_make_hidden_ones_dear() -> None:
@@ -260,10 +275,10 @@ def test_what_delays_host_rows_that_nothing_hides_does_not_make_hidden_ones_dear
     before_us = model.price(*hidden).total_us
     price = model.price(*exposed)
     assert price.kind is Kind.EXPOSED_DECODE
-    for _ in range(60):
+    for _ in range(300):
         model.observe(price, 2 * price.table_us)
     assert model.price(*exposed).total_us == pytest.approx(2 * price.table_us, rel=0.02)
-    assert model.price(*hidden).total_us == before_us
+    assert model.price(*hidden).total_us == pytest.approx(before_us, rel=0.02)
 
 
 @pytest.mark.parametrize("truth", [0.6, 1.7])
@@ -367,6 +382,9 @@ def test_an_outlier_hardly_moves_the_correction() -> None:
     model = CostModel(table(), SHAPE)
     price = model.price([whole()], {0: Load.device_decode(2, 10)})
     model.observe(price, 1000 * price.table_us)
+    assert model.price([whole()], {0: Load.device_decode(2, 10)}).total_us < 1.2 * price.total_us
+    for _ in range(5):
+        model.observe(price, price.table_us)
     assert model.price([whole()], {0: Load.device_decode(2, 10)}).total_us < 1.05 * price.total_us
 
 

@@ -21,6 +21,27 @@ class Correction:
         self.factor = min(max(old * (seen / old) ** _WEIGHT, 1 / self._RANGE), self._RANGE)
 
 
+class Slowdown:
+    """A factor on iterations of every kind, which follows what was measured lately and else goes back to 1.
+
+    A machine that is shared may be slow for seconds. That it was says nothing of a kind of iteration, but would be
+    learned as one's correction by whichever kind ran then; and kinds that then seem too dear do not run, so that
+    nothing corrects them.
+    """
+
+    _WEIGHT = 0.3  # of a new observation: this goes first, corrections learn from what it leaves
+    _STAYS = 0.9  # of it, from one observation to the next: what lasts becomes a correction
+    _STEP = 1.5  # an observation counts as at most this far from what was predicted
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+
+    def observe(self, ratio: float) -> None:
+        """One measured time over the predicted one."""
+        seen = min(max(ratio, 1 / self._STEP), self._STEP)
+        self.factor = (self.factor * seen**self._WEIGHT) ** self._STAYS
+
+
 class Surcharge:
     """A time that follows what was measured beyond what is known of it, from zero."""
 

@@ -12,7 +12,7 @@ from statistics import median
 
 from neoserve.core.config import ModelShape
 from neoserve.core.program import Op, Span, attends_on_host
-from neoserve.scheduling.corrections import Correction, PoolCorrection, Surcharge
+from neoserve.scheduling.corrections import Correction, PoolCorrection, Slowdown, Surcharge
 from neoserve.scheduling.load import Load
 from neoserve.scheduling.table import CostTable
 from neoserve.scheduling.timeline import FREE, OPS, StageCosts, walk_us
@@ -46,7 +46,7 @@ class Kind(enum.Enum):
 class Price:
     """What an iteration is predicted to take. Times in microseconds.
 
-    total_us: with the correction from earlier iterations of its kind; table_us: without it.
+    total_us: with the corrections from earlier iterations; table_us: without them.
     device_us: the device's stages without waiting. host_us: the worker pool's tasks. launch_us: enqueueing, without
     what else the CPU does for an iteration. plain_us: of a lap of few rows that shows what prompts add to it, its time
     without that.
@@ -67,9 +67,10 @@ _RIDGE_ROWS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # compared
 
 
 class CostModel:
-    """Prices iterations, and learns what they take: a factor for each kind of them; what the worker pool takes; how
-    long the CPU plans an iteration and hands out its tokens; and what the device takes for a lap because it has
-    prompts, however few: it is not recorded as a whole, and between two of its kernels there is a pause.
+    """Prices iterations, and learns what they take: a factor for each kind of them, and a passing one for all; what
+    the worker pool takes; how long the CPU plans an iteration and hands out its tokens; and what the device takes for a
+    lap because it has prompts, however few: it is not recorded as a whole, and between two of its kernels there is a
+    pause.
     """
 
     _WINDOW = 256
@@ -79,6 +80,7 @@ class CostModel:
         self._num_layers = shape.num_layers
         self._pre_share = shape.pre_parameters / shape.layer_parameters
         self._correction = {kind: Correction() for kind in Kind}
+        self._slowdown = Slowdown()
         self._pool = PoolCorrection(table.host_task_us)
         self._overhead = Surcharge()
         self._prompts = Surcharge()
@@ -114,7 +116,7 @@ class CostModel:
         )
         return Price(
             kind,
-            table_us * self._correction[kind].factor,
+            table_us * self._correction[kind].factor * self._slowdown.factor,
             table_us,
             device_us,
             host_us,
@@ -168,7 +170,10 @@ class CostModel:
         if measured_us <= 0 or price.table_us <= 0:
             return
         self._errors.append(abs(price.total_us - measured_us) / measured_us)
-        self._correction[price.kind].observe(measured_us / price.table_us)
+        ratio = measured_us / price.table_us
+        slowdown, correction = self._slowdown.factor, self._correction[price.kind].factor
+        self._slowdown.observe(ratio / (slowdown * correction))
+        self._correction[price.kind].observe(ratio / slowdown)
         if price.plain_us is not None:
             self._prompts.observe(measured_us - price.plain_us)
 
