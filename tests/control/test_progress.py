@@ -41,6 +41,33 @@ def test_host_sequences_get_tokens_even_where_they_never_pay(host_gb_s: float, n
     assert loop.scheduler.stats().host_tokens_total >= 11 * num_long
 
 
+@pytest.mark.parametrize("most_forced", [2, 3])
+def test_host_sequences_that_never_pay_go_back_before_new_requests_enter(most_forced: int) -> None:
+    """Each time that one is moved away, after so many laps that it had to be given, with the queue never empty."""
+    settings = config(
+        shape=LARGE, device_blocks=300, host_blocks=4000, staging_blocks=256, max_model_len=3000, max_num_seqs=32,
+        max_num_batched_tokens=1024,
+    )  # fmt: skip
+    policy = Policy(forced_migration_period=300, most_forced=most_forced, expected_share=1.0)
+    loop = Loop(scheduler_for(settings, policy, host_gb_s=0.5), Machine(settings))
+    lengths = {0: 1500, 30: 800}
+    for n in range(120):
+        loop.scheduler.add(request(f"r{n}", 500, lengths.get(n, 70 + 13 * (n % 4))))
+    left: dict[str, int] = {}  # tokens that those in the host pool came with
+    gained = {}
+    while loop.num_iterations < 890:
+        loop.step()
+        for move in loop.plans[-1].migrations:
+            if move.source is Tier.DEVICE:
+                left[move.request_id] = move.num_tokens
+            else:
+                gained[move.request_id] = move.num_tokens - left.pop(move.request_id)
+    assert not left
+    assert [*gained] == ["r0", "r30"]
+    assert all(most_forced <= tokens <= most_forced + 1 for tokens in gained.values())
+    assert loop.scheduler.num_waiting
+
+
 def test_device_rows_have_a_token_in_every_iteration_beside_host_rows() -> None:
     settings = config(
         shape=LARGE,

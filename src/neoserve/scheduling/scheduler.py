@@ -114,6 +114,8 @@ class Scheduler:
         if period and self._num_iterations % period == 0:
             self._placement.force_migration(running)
         device, host = self._decoding(running)
+        if not (host or self._host_lap):
+            self._num_forced = 0
         host_starves = self._num_forced >= self._policy.most_forced
         if host_starves:
             host = self._refill_device(host)
