@@ -10,6 +10,7 @@ A lap over L layers is cut into L + 1 *steps*, at the point where the host atten
     step L        RECV(L-1) POST(L-1)  HEAD
 
 The last POST is only for rows that the HEAD reads: of a prompt's other rows nothing but their k and v is needed there.
+
 Host attention of layer i runs between the SEND(i) that ends step i and the RECV(i) that begins step i+1,
 so whatever stands between those two steps in the program hides it. Two sub-batches in lock-step alternate
 their steps; with laps, r steps of the device sub-batch stand between two steps of the host sub-batch.

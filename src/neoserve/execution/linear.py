@@ -91,13 +91,13 @@ class EagerLinear:
 
     def post(self, layer: int, row_ids_B: torch.Tensor | None = None) -> None:
         self.qkv_TCD = _NOTHING
-        after_attention = self._model.layers[layer].after_attention
-        self.x_TE, self.residual_TE = after_attention(*self._take(row_ids_B))
+        if row_ids_B is not None:
+            self.attn_THD, self.residual_TE = (
+                tensor.index_select(0, row_ids_B) for tensor in (self.attn_THD, self.residual_TE)
+            )
+        self.x_TE, self.residual_TE = self._model.layers[layer].after_attention(self._take_attn(), self.residual_TE)
 
-    def _take(self, row_ids_B: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """What attention wrote and the residual, of some rows or all; they are then the taker's alone."""
-        attn_THD, residual_TE = self.attn_THD, self.residual_TE
-        self.attn_THD = self.residual_TE = _NOTHING
-        if row_ids_B is None:
-            return attn_THD, residual_TE
-        return attn_THD.index_select(0, row_ids_B), residual_TE.index_select(0, row_ids_B)
+    def _take_attn(self) -> torch.Tensor:
+        """What attention wrote, which is then the taker's alone."""
+        attn_THD, self.attn_THD = self.attn_THD, _NOTHING
+        return attn_THD
