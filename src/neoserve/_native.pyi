@@ -144,12 +144,19 @@ class Lap:
 class DriverCalls:
     """Calls of the CUDA driver, made without Python in between.
 
-    calls: of each the address of its function, and its arguments, filled up with zeros. moving: addresses of 8-byte
-    words among what the arguments point to, each of which holds an address itself. All of that must live as long as
-    this object is used.
+    calls: of each the address of its function, and its arguments, filled up with zeros.
+    words, arguments: what moves by the numbers that `run` is given: 8-byte words among what the arguments point to, as
+    (address, index of the number), and arguments themselves, as (call, argument, index of the number).
+    What the arguments point to must live as long as this object is used.
+    Raises `IndexError` where there is no such call or argument.
     """
 
-    def __init__(self, calls: Sequence[tuple[int, int, int, int, int]], moving: Sequence[int] = ()) -> None: ...
-    def run(self, offset: int = 0) -> int:
-        """Make them in order, the moving words `offset` further than they were at first; 0, or the first result that is
-        another, after which no more are made."""
+    def __init__(
+        self,
+        calls: Sequence[tuple[int, int, int, int, int]],
+        words: Sequence[tuple[int, int]] = (),
+        arguments: Sequence[tuple[int, int, int]] = (),
+    ) -> None: ...
+    def run(self, numbers: Sequence[int] = ()) -> int:
+        """Make them in order, what moves so much more than it was at first; 0, or the first result that is another,
+        after which no more are made. Raises `ValueError` when things move by numbers that are not there."""

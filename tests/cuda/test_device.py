@@ -74,9 +74,12 @@ class Slots:
         self._device = device
 
     def exchange(self, channel: int, value: int, source: torch.Tensor, target: torch.Tensor) -> Exchange:
+        """One that has begun."""
         ready, done = Flag(self.words.data_ptr()), Flag(self.words.data_ptr() + 256)
         back = Transfer(self.answer, target)
-        return self._device.exchange(channel, Transfer(source, self.sent), ready, done, value, back)
+        exchange = self._device.exchange(channel, Transfer(source, self.sent), ready, done, back)
+        exchange.begin(value)
+        return exchange
 
     def wait_ready(self, value: int) -> None:
         deadline_s = time.monotonic() + 10
@@ -115,6 +118,31 @@ def test_exchanges_carry_the_data_of_their_time_both_ways(device: CudaDevice) ->
     worker.join()
     assert seen == [True] * 100
     assert all(bool((result == 10 * (i + 1) + 1).all()) for i, result in enumerate(results))
+
+
+def test_an_exchange_can_begin_again(device: CudaDevice) -> None:
+    slots = Slots(device)
+    source, target = (zeros(device, 1 << 16, dtype=torch.int32) for _ in range(2))
+    results: list[torch.Tensor] = []
+
+    def work() -> None:
+        exchange = slots.exchange(1, 1, source, target)
+        for value in range(2, 21):
+            exchange.finish()
+            results.append(target.clone())
+            source.add_(1)
+            exchange.begin(value)
+        exchange.finish()
+
+    completion = device.submit(work)
+    for value in range(1, 21):
+        slots.wait_ready(value)
+        assert (slots.sent == value - 1).all()
+        slots.answer.fill_(7 * value)
+        slots.raise_done(value)
+    completion.wait()
+    assert all(bool((result == 7 * (i + 1)).all()) for i, result in enumerate(results))
+    assert (target == 7 * 20).all()
 
 
 def test_compute_between_an_exchange_and_its_end_does_not_wait_for_it(device: CudaDevice) -> None:

@@ -1,13 +1,12 @@
 """Blocks that move between the tiers a layer at a time, by the copy engines."""
 
 import mmap
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from neoserve.device.base import BlockTransfer
+from neoserve.device.base import BlockTransfer, Copy
 from neoserve.device.cuda import CudaDevice
 from neoserve.kernels.flashinfer_ops import FlashInferOps
 
@@ -43,7 +42,7 @@ def test_layer_copies_are_those_of_the_kernel(device: CudaDevice, buffer_blocks:
     def move(kv: torch.Tensor, to_host: bool) -> None:
         copies = device.layer_copies(BlockTransfer(kv, ids, host, host_ids, buffer, to_host))
         for layer in range(LAYERS):
-            copied = device.submit_copies(partial(copies.run, layer % 2, layer))
+            copied = copies.submit(layer % 2, layer)
         device.wait_for(copied)
 
     device.submit(lambda: move(areas, to_host=True)).wait()
@@ -60,6 +59,24 @@ def test_no_blocks_are_no_copies(device: CudaDevice) -> None:
 
     def work() -> None:
         copies = device.layer_copies(BlockTransfer(areas, none, host, none, areas[0].flatten(1), to_host=True))
-        device.wait_for(device.submit_copies(lambda: copies.run(0, 0)))
+        device.wait_for(copies.submit(0, 0))
 
     device.submit(work).wait()
+
+
+def test_who_watches_is_told_of_each_layer(device: CudaDevice) -> None:
+    areas = torch.zeros(2, BLOCKS, 2, HEADS, 16, HEAD_DIM, device=device.torch_device).bfloat16()
+    host, ids = host_pool(device), np.arange(20, dtype=np.int64)
+    seen: list[Copy] = []
+
+    def work() -> None:
+        copies = device.layer_copies(BlockTransfer(areas, ids, host, ids, areas[0].flatten(1), to_host=True))
+        for layer in range(3):
+            device.on_copy = seen.append if layer else None
+            device.wait_for(copies.submit(layer % 2, layer))
+        device.on_copy = None
+
+    device.submit(work).wait()
+    assert [(copy.what, copy.channel) for copy in seen] == [("tiers", None)] * 2
+    times_ns = device.times_ns([mark for copy in seen for mark in (copy.begin, copy.end)])
+    assert times_ns == sorted(set(times_ns))

@@ -38,15 +38,17 @@ def test_who_watches_is_told_of_both_copies_of_an_exchange(device: CudaDevice) -
     source = torch.arange(1024, dtype=torch.int32, device=device.torch_device)
     target = torch.zeros_like(source)
     copies: list[Copy] = []
+    exchange = device.exchange(1, Transfer(source, slot_out), ready, done, Transfer(slot_back, target))
 
-    def exchange(value: int) -> None:
-        device.exchange(1, Transfer(source, slot_out), ready, done, value, Transfer(slot_back, target)).finish()
+    def carry_out(value: int) -> None:
+        exchange.begin(value)
+        exchange.finish()
 
     _native.flag_raise(done.address, 1)
-    device.submit(lambda: exchange(1)).wait()
+    device.submit(lambda: carry_out(1)).wait()
     device.on_copy = copies.append
     before_ns = time.monotonic_ns()
-    completion = device.submit(lambda: exchange(2))
+    completion = device.submit(lambda: carry_out(2))
     time.sleep(0.01)
     raised_ns = time.monotonic_ns()
     _native.flag_raise(done.address, 2)

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
-from neoserve.kernels.base import DecodePlans, Ops, PagedAttention, PagedBatch
+from neoserve.kernels.base import BlockCopies, DecodePlans, Ops, PagedAttention, PagedBatch
 
 __all__ = [
     "BlockTransfer",
@@ -64,7 +64,11 @@ class Transfer:
 
 
 class Exchange(Protocol):
-    """A hand-off on its way."""
+    """A hand-off, as often as it is begun. It keeps the tensors that are copied."""
+
+    def begin(self, value: int) -> None:
+        """Inside `submit`, enqueue beside the compute stream: once the work so far is done, carry out the copy outward
+        and raise `ready` to `value`; once `done` is >= value, carry out the copy back."""
 
     def finish(self) -> None:
         """Inside `submit`: later work of the compute stream waits until the copy back is done."""
@@ -108,8 +112,32 @@ class BlockTransfer:
 class LayerCopies(Protocol):
     """Copies of the same blocks, one layer at a time (`Device.layer_copies`)."""
 
-    def run(self, layer: int, host_layer: int) -> None:
-        """Inside `submit_copies`: copy a layer of the device's to or from a layer of the host pool."""
+    def submit(self, layer: int, host_layer: int) -> Completion:
+        """Inside `submit`: as `Device.submit_copies`, copy a layer of the device's to or from one of the host pool.
+
+        The completion may be another one's after the next layer but one.
+        """
+
+
+class _CopiesOfOps:
+    """`LayerCopies` by `Ops.block_copies`. What it makes, it makes where the copies run."""
+
+    def __init__(self, device: Device, transfer: BlockTransfer) -> None:
+        self._device = device
+        self._transfer = transfer
+        self._copies: BlockCopies | None = None
+
+    def submit(self, layer: int, host_layer: int) -> Completion:
+        """As `LayerCopies`."""
+        return self._device.submit_copies(lambda: self._run(layer, host_layer))
+
+    def _run(self, layer: int, host_layer: int) -> None:
+        transfer, device = self._transfer, self._device
+        if self._copies is None:
+            ids, host_ids = device.upload(transfer.block_ids), device.upload(transfer.host_block_ids)
+            pools = transfer.kv_LN2KPD, ids, transfer.host_LNX, host_ids
+            self._copies = device.ops.block_copies(*pools, to_host=transfer.to_host)
+        self._copies.run(layer, host_layer)
 
 
 class Device(ABC):
@@ -158,9 +186,9 @@ class Device(ABC):
         What needs the copies calls `wait_for` first. May be called inside `submit`.
         """
 
-    @abstractmethod
     def layer_copies(self, transfer: BlockTransfer) -> LayerCopies:
         """Inside `submit`: what copies blocks between the tiers beside the model's work, layer after layer."""
+        return _CopiesOfOps(self, transfer)
 
     @abstractmethod
     def wait_for(self, completion: Completion) -> None:
@@ -197,13 +225,11 @@ class Device(ABC):
         """Block until all work is done, also what was enqueued outside `submit`."""
 
     @abstractmethod
-    def exchange(
-        self, channel: int, outward: Transfer, ready: Flag, done: Flag, value: int, back: Transfer
-    ) -> Exchange:
-        """Inside `submit`, enqueue beside the compute stream: once the work so far is done, carry out `outward` and
-        raise `ready` to `value`; once `done` is >= value, carry out `back`.
+    def exchange(self, channel: int, outward: Transfer, ready: Flag, done: Flag, back: Transfer) -> Exchange:
+        """A hand-off of that channel, not begun.
 
-        channel: 0 or 1; the exchanges of one channel happen in order, those of two channels independently.
+        channel: 0 or 1; the exchanges of one channel happen in order, those of two channels independently. One that
+        has begun is finished before it begins again, or another does in its channel.
         """
 
     @abstractmethod

@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
+from neoserve._native import DriverCalls
 from neoserve.core.config import DType, ModelShape
 from neoserve.core.errors import ConfigError
 from neoserve.device.base import BlockTransfer, Completion, Copy, Device, Exchange, Flag, LayerCopies, Mark, Transfer
-from neoserve.device.driver import Call, Driver
+from neoserve.device.driver import Driver
+from neoserve.device.events import EventMark, Submitted
+from neoserve.device.exchange import Channel, StreamExchange
 from neoserve.device.launches import ForLayers, Launches, no_collection
 from neoserve.device.layer_copies import EngineCopies
 from neoserve.device.registration import RegisteredMemory
+from neoserve.kernels.block_copy import relayout
 from neoserve.kernels.flashinfer_ops import FlashInferOps
 from neoserve.kernels.fused_ops import FusedOps
 
@@ -31,63 +33,30 @@ _NUM_CHANNELS = 2
 _CLOCK_ATTEMPTS = 5
 
 
-class _Submitted:
-    """Work on a stream, between two events; its own `Completion`. What is not timed costs less, and has no start."""
+class _LayerCopies:
+    """As `LayerCopies`. fork: what makes the stream of the copies follow all that was enqueued so far."""
 
-    def __init__(self, *, timed: bool) -> None:
-        self.start = torch.cuda.Event(enable_timing=True) if timed else None
-        self.end = torch.cuda.Event(enable_timing=timed, blocking=True)
-        self.error: Exception | None = None
-
-    def wait(self) -> None:
-        self.end.synchronize()
-        if self.error is not None:
-            raise self.error
-
-    def done(self) -> bool:
-        return bool(self.end.query())
-
-    def elapsed_us(self) -> float:
-        assert self.start is not None, "only what `submit` began is timed"
-        return float(self.start.elapsed_time(self.end)) * 1e3
-
-
-@dataclass(frozen=True, slots=True)
-class _EventMark(Mark):
-    """An event that takes the time."""
-
-    event: torch.cuda.Event
-
-    @classmethod
-    def on(cls, stream: torch.cuda.Stream) -> _EventMark:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(stream)
-        return cls(event)
-
-
-class _Channel:
-    """A stream for the hand-offs of one sub-batch, and the events that tie it to the compute stream."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
-        self.sent = torch.cuda.Event()
-        self.back = torch.cuda.Event()
-        for event in (self.sent, self.back):
-            event.record(self.stream)  # torch makes an event when it is first recorded
-
-
-class _Exchange:
-    """A hand-off on its way. It keeps the tensors until `finish`: the compute stream's allocator must not give their
-    memory away while the channel still copies."""
-
-    def __init__(self, driver: Driver, compute: int, back: int, tensors: tuple[Transfer, Transfer]) -> None:
+    def __init__(
+        self, device: Device, driver: Driver, stream: torch.cuda.Stream, fork: DriverCalls, copies: EngineCopies
+    ) -> None:
+        self._device = device
         self._driver = driver
-        self._compute = compute
-        self._back = back
-        self._tensors = tensors
+        self._stream = stream
+        self._fork = fork
+        self._copies = copies
+        self._ends = tuple(Submitted(timed=False) for _ in range(2))
+        for end in self._ends:
+            end.end.record(stream)  # torch makes an event when it is first recorded
 
-    def finish(self) -> None:
-        self._driver.enqueue(self._driver.wait_event(self._compute, self._back))
+    def submit(self, layer: int, host_layer: int) -> Completion:
+        """As `LayerCopies`; by two native calls: every layer of a staged prompt has one or two of these."""
+        watcher, end = self._device.on_copy, self._ends[host_layer % len(self._ends)]
+        self._driver.run(self._fork)
+        begin = EventMark.on(self._stream) if watcher is not None else None
+        self._copies.run(layer, host_layer, end.end.cuda_event)
+        if watcher is not None and begin is not None:
+            watcher(Copy("tiers", None, begin, EventMark.on(self._stream)))
+        return end
 
 
 class CudaDevice(Device):
@@ -117,7 +86,13 @@ class CudaDevice(Device):
         self._inside: torch.cuda.Stream | None = None  # the stream of the `submit` that runs
         self._forked = torch.cuda.Event()
         self._forked.record(self._compute)  # torch makes an event when it is first recorded
-        self._channels = tuple(_Channel(self.torch_device) for _ in range(_NUM_CHANNELS))
+        self._fork = DriverCalls(
+            [
+                self._driver.record_event(self._forked.cuda_event, self._compute.cuda_stream),
+                self._driver.wait_event(self._copies.cuda_stream, self._forked.cuda_event),
+            ]
+        )
+        self._channels = tuple(Channel(index, self.torch_device) for index in range(_NUM_CHANNELS))
         self._registered: list[RegisteredMemory] = []
         self._flag_addresses: dict[int, int] = {}
         self._shared_recording: torch.cuda.CUDAGraph | None = None
@@ -142,22 +117,22 @@ class CudaDevice(Device):
         return self._submit(self._compute, work, timed=True)
 
     def submit_copies(self, work: Callable[[], None]) -> Completion:
-        # By the driver, and with as little else as can be: every layer of a staged prompt has two or three of these.
-        driver, forked = self._driver, self._forked.cuda_event
-        driver.enqueue(
-            driver.record_event(forked, self._compute.cuda_stream), driver.wait_event(self._copies.cuda_stream, forked)
-        )
+        self._driver.run(self._fork)
         submitted = self._submit(self._copies, work, timed=self.on_copy is not None)
         if self.on_copy is not None and submitted.start is not None:
-            self.on_copy(Copy("tiers", None, _EventMark(submitted.start), _EventMark(submitted.end)))
+            self.on_copy(Copy("tiers", None, EventMark(submitted.start), EventMark(submitted.end)))
         return submitted
 
     def layer_copies(self, transfer: BlockTransfer) -> LayerCopies:
-        stream = self._copies.cuda_stream
+        if self._launches is None:
+            return super().layer_copies(transfer)
         places = np.arange(len(transfer.block_ids)) % len(transfer.buffer_NX)
         ids_2N = self.upload(np.stack((transfer.block_ids, places)))
         ids_2N.record_stream(self._copies)
-        return EngineCopies(self._driver, stream, partial(self._for_layers, stream=stream), transfer, ids_2N)
+        with torch.cuda.stream(self._copies):
+            of_layers = self._driver, self._launches, self._copies.cuda_stream, relayout
+            copies = EngineCopies(*of_layers, transfer, ids_2N)
+        return _LayerCopies(self, self._driver, self._copies, self._fork, copies)
 
     def wait_for(self, completion: Completion) -> None:
         self._hold(self._compute, completion)
@@ -166,7 +141,7 @@ class CudaDevice(Device):
         self._hold(self._channels[channel].stream, completion)
 
     def _hold(self, stream: torch.cuda.Stream, completion: Completion) -> None:
-        assert isinstance(completion, _Submitted)
+        assert isinstance(completion, Submitted)
         if completion.error is not None:
             raise completion.error
         stream.wait_event(completion.end)
@@ -180,14 +155,9 @@ class CudaDevice(Device):
         return replay
 
     def for_layers(self, work: Callable[[torch.Tensor], None], layers: torch.Tensor) -> Callable[[int], None]:
-        return self._for_layers(work, layers, stream=self._compute.cuda_stream)
-
-    def _for_layers(
-        self, work: Callable[[torch.Tensor], None], layers: torch.Tensor, *, stream: int
-    ) -> Callable[[int], None]:
         if self._launches is None:
             return super().for_layers(work, layers)
-        return ForLayers(self._launches, work, layers, stream)
+        return ForLayers(self._launches, work, layers, self._compute.cuda_stream)
 
     def _shared_pool(self) -> Any:
         if self._shared_recording is None:
@@ -212,7 +182,7 @@ class CudaDevice(Device):
     def synchronise(self) -> None:
         torch.cuda.synchronize(self.torch_device)
 
-    def _submit(self, stream: torch.cuda.Stream, work: Callable[[], None], *, timed: bool) -> _Submitted:
+    def _submit(self, stream: torch.cuda.Stream, work: Callable[[], None], *, timed: bool) -> Submitted:
         if self._inside is None:
             with torch.inference_mode(), torch.cuda.stream(stream):
                 return self._submit_inside(stream, work, timed=timed)
@@ -222,8 +192,8 @@ class CudaDevice(Device):
         finally:
             torch.cuda.set_stream(self._inside)
 
-    def _submit_inside(self, stream: torch.cuda.Stream, work: Callable[[], None], *, timed: bool) -> _Submitted:
-        submitted = _Submitted(timed=timed)
+    def _submit_inside(self, stream: torch.cuda.Stream, work: Callable[[], None], *, timed: bool) -> Submitted:
+        submitted = Submitted(timed=timed)
         outer, self._inside = self._inside, stream
         if submitted.start is not None:
             submitted.start.record(stream)
@@ -236,38 +206,13 @@ class CudaDevice(Device):
         submitted.end.record(stream)
         return submitted
 
-    def exchange(
-        self, channel: int, outward: Transfer, ready: Flag, done: Flag, value: int, back: Transfer
-    ) -> Exchange:
-        """As `Device.exchange`; can be captured in a CUDA graph, which then keeps `value`."""
-        # By the driver and all at once: every layer of a pipelined lap has one.
-        driver, side, compute = self._driver, self._channels[channel], self._compute.cuda_stream
-        stream, sent = side.stream.cuda_stream, side.sent.cuda_event
-        driver.enqueue(
-            driver.record_event(sent, compute),
-            driver.wait_event(stream, sent),
-            *self._copy("out", channel, outward),
-            driver.write_value(stream, self._flag_address(ready), value),
-            driver.wait_value(stream, self._flag_address(done), value),
-            *self._copy("back", channel, back),
-            driver.record_event(side.back.cuda_event, stream),
-        )
-        return _Exchange(driver, compute, side.back.cuda_event, (outward, back))
-
-    def _copy(self, what: Literal["out", "back"], channel: int, transfer: Transfer) -> list[Call]:
-        """One of an exchange's copies, between marks for who watches."""
-        stream = self._channels[channel].stream
-        target, source = transfer.target.data_ptr(), transfer.source.data_ptr()
-        calls = [self._driver.copy(target, source, _num_bytes(transfer), stream.cuda_stream)]
-        if self.on_copy is not None:
-            marks = _EventMark.on(stream), _EventMark.on(stream)  # torch makes an event when it is first recorded
-            begin, end = (self._driver.record_event(mark.event.cuda_event, stream.cuda_stream) for mark in marks)
-            calls = [begin, *calls, end]
-            self.on_copy(Copy(what, channel, *marks))
-        return calls
+    def exchange(self, channel: int, outward: Transfer, ready: Flag, done: Flag, back: Transfer) -> Exchange:
+        flags = self._flag_address(ready), self._flag_address(done)
+        compute = self._compute.cuda_stream
+        return StreamExchange(self, self._driver, compute, self._channels[channel], (outward, back), flags)
 
     def mark(self) -> Mark:
-        return _EventMark.on(torch.cuda.current_stream(self.torch_device))
+        return EventMark.on(torch.cuda.current_stream(self.torch_device))
 
     def times_ns(self, marks: Sequence[Mark]) -> list[int]:
         """Counted back from an event that the host sees pass; of some attempts, the one that it saw soonest."""
@@ -281,7 +226,7 @@ class CudaDevice(Device):
             after_ns = time.monotonic_ns()
             anchors.append((after_ns - before_ns, after_ns, anchor))
         _, now_ns, anchor = min(anchors, key=lambda attempt: attempt[0])
-        return [now_ns - round(mark.event.elapsed_time(anchor) * 1e6) for mark in marks if isinstance(mark, _EventMark)]
+        return [now_ns - round(mark.event.elapsed_time(anchor) * 1e6) for mark in marks if isinstance(mark, EventMark)]
 
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.torch_device)[0]
@@ -298,10 +243,6 @@ class CudaDevice(Device):
         if flag.address not in self._flag_addresses:
             self._flag_addresses[flag.address] = self._driver.device_address(flag.address)
         return self._flag_addresses[flag.address]
-
-
-def _num_bytes(transfer: Transfer) -> int:
-    return transfer.source.numel() * transfer.source.element_size()
 
 
 def usable_dtype(dtype: DType, index: int = 0) -> DType:

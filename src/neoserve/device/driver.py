@@ -17,7 +17,7 @@ _REGISTER_PORTABLE_AND_MAPPED = 0x1 | 0x2
 
 
 Call = tuple[int, int, int, int, int]
-"""What enqueues something: a function's address and its arguments, filled up with zeros. `Driver.enqueue` makes it."""
+"""What enqueues something: a function's address and its arguments, filled up with zeros. `DriverCalls` makes it."""
 
 
 class DriverError(RuntimeError):
@@ -41,13 +41,9 @@ class Driver:
         self._current_context = self.function("cuCtxGetCurrent", c_void_p)
         self._use_context = self.function("cuCtxSetCurrent", c_void_p)
 
-    def enqueue(self, *calls: Call) -> None:
-        """Make these calls, without Python in between."""
-        self.run(DriverCalls(calls))
-
-    def run(self, calls: DriverCalls, offset: int = 0) -> None:
+    def run(self, calls: DriverCalls, *numbers: int) -> None:
         """`DriverCalls.run`; raises `DriverError`."""
-        if code := calls.run(offset):
+        if code := calls.run(numbers):
             raise DriverError(f"the CUDA driver could not enqueue work: {self._text(code)}")
 
     def record_event(self, event: int, stream: int) -> Call:

@@ -27,7 +27,7 @@ from ctypes import (
     memmove,
 )
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -117,6 +117,17 @@ class _Launch(Structure):
     )  # fmt: skip
 
 
+class Kernels(NamedTuple):
+    """Launches of kernels, with arguments of their own.
+
+    words: where among the arguments an address in the memory asked for lies. kept: lives as long as the calls are used.
+    """
+
+    calls: list[Call]
+    words: list[int]
+    kept: list[object]
+
+
 class Launches:
     """The launches of captured graphs. Raises AttributeError where the driver is older than CUDA 12.4."""
 
@@ -144,6 +155,7 @@ class Launches:
         self._begin_capture = function("cuStreamBeginCapture_v2", c_void_p, c_int)
         self._end_capture = function("cuStreamEndCapture", c_void_p, c_void_p)
         self._destroy = function("cuGraphDestroy", c_void_p)
+        self._known_places: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self._enqueue_kernel = driver.address("cuLaunchKernelEx")
         self._enqueue_fill = {size: driver.address(f"cuMemsetD{8 * size}Async") for size in (1, 2, 4)}
 
@@ -171,7 +183,14 @@ class Launches:
     def moving(self, work: Callable[[], None], memory: range, stream: int) -> Callable[[int], None] | None:
         """What enqueues the kernels of `work` with all addresses in `memory` so many bytes further; `None` if it has
         none there, or enqueues anything else. Nothing is enqueued by this."""
-        calls, kept, words = [], [], []
+        kernels = self.kernels(work, memory, stream)
+        if kernels is None or not kernels.words:
+            return None
+        return partial(self._run, kernels.kept, DriverCalls(kernels.calls, [(word, 0) for word in kernels.words]))
+
+    def kernels(self, work: Callable[[], None], memory: range, stream: int) -> Kernels | None:
+        """The kernels of `work`, which are not enqueued by this; `None` if it enqueues anything else."""
+        kernels = Kernels([], [], [])
         graph = self._captured(work, stream)
         try:
             for node, begins_early in self._in_order(graph):
@@ -182,14 +201,14 @@ class Launches:
                     return None
                 arguments, pointers = self._copied_arguments(kernel)
                 kernel.arguments = addressof(pointers)
-                calls.append(self._kernel_call(launch, kernel))
-                kept += [launch, arguments, pointers]
+                kernels.calls.append(self._kernel_call(launch, kernel))
+                kernels.kept.extend((launch, arguments, pointers))
                 found = np.frombuffer(arguments, dtype=np.uint64)
                 inside = np.flatnonzero((found >= memory.start) & (found < memory.stop))
-                words += [addressof(arguments) + _WORD_BYTES * int(index) for index in inside]
+                kernels.words.extend(addressof(arguments) + _WORD_BYTES * int(index) for index in inside)
         finally:
             self._call(self._destroy, graph)
-        return partial(self._run, kept, DriverCalls(calls, words)) if words else None
+        return kernels
 
     def _captured(self, work: Callable[[], None], stream: int) -> int:
         """The graph of what `work` enqueues. Torch's way to capture takes far longer, and sets memory aside."""
@@ -204,11 +223,7 @@ class Launches:
 
     def _copied_arguments(self, kernel: _Kernel) -> tuple[Any, Any]:
         """A kernel's arguments as they lie in its parameter space, and the address of each."""
-        info = self._function_parameter if kernel.function else self._kernel_parameter
-        offset, size = c_size_t(), c_size_t()
-        places: list[tuple[int, int]] = []
-        while info(kernel.function or kernel.kernel, len(places), byref(offset), byref(size)) == 0:
-            places.append((offset.value, size.value))
+        places = self._places(kernel)
         total_bytes = sum(places[-1]) if places else 0
         arguments = (c_uint64 * -(-total_bytes // _WORD_BYTES))()
         pointers = (c_void_p * len(places))(*(addressof(arguments) + place for place, _ in places))
@@ -216,6 +231,16 @@ class Launches:
         for index, (place, num_bytes) in enumerate(places):
             memmove(addressof(arguments) + place, sources[index] or 0, num_bytes)
         return arguments, pointers
+
+    def _places(self, kernel: _Kernel) -> list[tuple[int, int]]:
+        """Offset and size of each parameter of a kernel."""
+        known = self._known_places.setdefault((kernel.function, kernel.kernel), [])
+        if not known:
+            info = self._function_parameter if kernel.function else self._kernel_parameter
+            offset, size = c_size_t(), c_size_t()
+            while info(kernel.function or kernel.kernel, len(known), byref(offset), byref(size)) == 0:
+                known.append((offset.value, size.value))
+        return known
 
     def _type_of(self, node: int) -> int:
         kind = c_int()
@@ -261,9 +286,9 @@ class Launches:
         function = kernel.function or kernel.kernel or 0
         return (self._enqueue_kernel, addressof(launch), function, kernel.arguments or 0, kernel.extra or 0)
 
-    def _run(self, _: list[object], calls: DriverCalls, offset: int = 0) -> None:
+    def _run(self, _: list[object], calls: DriverCalls, *numbers: int) -> None:
         """The calls, which need what else is given."""
-        self._driver.run(calls, offset)
+        self._driver.run(calls, *numbers)
 
     def _copy_call(self, node: int, stream: int) -> Call:
         copy = _Copy()
@@ -303,20 +328,19 @@ class ForLayers:
         self._launches = launches
         self._work = work
         self._layers = layers
+        self._layer_bytes = layers.stride(0) * layers.element_size()
         self._stream = stream
         self._num_enqueued = 0
         self._move: Callable[[int], None] | None = None
-        self._captured_at = 0
+        self._captured = 0
 
     def __call__(self, layer: int) -> None:
-        memory = self._layers[layer]
-        address = memory.data_ptr()
         if self._num_enqueued == 1:
-            self._captured_at = address
-            work = partial(self._work, memory)
-            self._move = self._launches.moving(work, range(address, address + memory.nbytes), self._stream)
+            memory, self._captured = self._layers[layer], layer
+            places = range(memory.data_ptr(), memory.data_ptr() + memory.nbytes)
+            self._move = self._launches.moving(partial(self._work, memory), places, self._stream)
         if self._move is not None:
-            self._move(address - self._captured_at)
+            self._move((layer - self._captured) * self._layer_bytes)
         else:
-            self._work(memory)
+            self._work(self._layers[layer])
         self._num_enqueued += 1

@@ -20,7 +20,7 @@ import torch
 
 from neoserve import _native
 from neoserve.core.errors import HostAttentionError
-from neoserve.device.base import BlockTransfer, Completion, Copy, Device, Exchange, Flag, LayerCopies, Mark, Transfer
+from neoserve.device.base import Completion, Copy, Device, Exchange, Flag, Mark, Transfer
 from neoserve.kernels.reference import ReferenceOps
 
 
@@ -62,19 +62,28 @@ class _TimeMark(Mark):
     at_ns: int
 
 
-@dataclass(frozen=True, slots=True)
 class _Exchange:
-    """The way back, made when it is needed: a thread that is its own stream cannot wait beside itself."""
+    """The way back is made when it is needed: a thread that is its own stream cannot wait beside itself."""
 
-    done: Flag
-    value: int
-    timeout_s: float
-    copy_back: Callable[[], None]
+    def __init__(
+        self, timeout_s: float, ready: Flag, done: Flag, copy_out: Callable[[], None], copy_back: Callable[[], None]
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._ready = ready
+        self._done = done
+        self._copy_out = copy_out
+        self._copy_back = copy_back
+        self._value = 0
+
+    def begin(self, value: int) -> None:
+        self._value = value
+        self._copy_out()
+        _native.flag_raise(self._ready.address, value)
 
     def finish(self) -> None:
-        if not _native.flag_wait(self.done.address, self.value, self.timeout_s):
-            raise HostAttentionError(f"no worker raised the done flag to {self.value} within {self.timeout_s} s")
-        self.copy_back()
+        if not _native.flag_wait(self._done.address, self._value, self._timeout_s):
+            raise HostAttentionError(f"no worker raised the done flag to {self._value} within {self._timeout_s} s")
+        self._copy_back()
 
 
 class ReferenceDevice(Device):
@@ -136,10 +145,6 @@ class ReferenceDevice(Device):
         if self.on_copy is not None:
             self.on_copy(Copy("tiers", None, begin, self.mark()))
 
-    def layer_copies(self, transfer: BlockTransfer) -> LayerCopies:
-        ids, host_ids = torch.from_numpy(transfer.block_ids), torch.from_numpy(transfer.host_block_ids)
-        return self.ops.block_copies(transfer.kv_LN2KPD, ids, transfer.host_LNX, host_ids, to_host=transfer.to_host)
-
     def wait_for(self, completion: Completion) -> None:
         completion.wait()
 
@@ -153,12 +158,11 @@ class ReferenceDevice(Device):
     def synchronise(self) -> None:
         self.submit(lambda: None).wait()
 
-    def exchange(
-        self, channel: int, outward: Transfer, ready: Flag, done: Flag, value: int, back: Transfer
-    ) -> Exchange:
-        self._copy("out", channel, outward)
-        _native.flag_raise(ready.address, value)
-        return _Exchange(done, value, self._flag_timeout_s, partial(self._copy, "back", channel, back))
+    def exchange(self, channel: int, outward: Transfer, ready: Flag, done: Flag, back: Transfer) -> Exchange:
+        copy_out, copy_back = (
+            partial(self._copy, *copy) for copy in (("out", channel, outward), ("back", channel, back))
+        )
+        return _Exchange(self._flag_timeout_s, ready, done, copy_out, copy_back)
 
     def _copy(self, what: Literal["out", "back"], channel: int, transfer: Transfer) -> None:
         begin = self.mark()

@@ -312,11 +312,12 @@ class Calibration:
         )
         qkv_TCD = self._random(num_rows, shape.num_query_heads + 2 * shape.num_kv_heads, shape.head_dim)
         attn_THD = self._random(num_rows, shape.num_query_heads, shape.head_dim)
-        lap = handoff.begin(rows)
+        lap, exchange = handoff.begin(rows), handoff.exchange(qkv_TCD, attn_THD)
 
         def work() -> None:
             for _ in range(CHAINED):
-                handoff.send(qkv_TCD, attn_THD).finish()
+                handoff.send(exchange)
+                exchange.finish()
 
         times_ns = []
         for _ in range(REPEATS):

@@ -64,17 +64,20 @@ class HandOff:
             done_value=self._num_armed,
         )
 
-    def send(self, qkv_TCD: torch.Tensor, out_THD: torch.Tensor) -> Exchange:
-        """Enqueue: the rows to the slot in one copy, raise `ready`; once `done` is raised, the output to `out_THD`."""
-        self._num_sent += 1
+    def exchange(self, qkv_TCD: torch.Tensor, attn_THD: torch.Tensor) -> Exchange:
+        """What `send` sends: these rows to the slot in one copy, and the output of the workers to `attn_THD`."""
         return self._device.exchange(
             self._channel,
             outward=Transfer(qkv_TCD, self._qkv_TCD[: len(qkv_TCD)]),
             ready=self._ready,
             done=self._done,
-            value=self._num_sent,
-            back=Transfer(self._out_THD[: len(out_THD)], out_THD),
+            back=Transfer(self._out_THD[: len(attn_THD)], attn_THD),
         )
+
+    def send(self, exchange: Exchange) -> None:
+        """Enqueue the next of the layers that were armed."""
+        self._num_sent += 1
+        exchange.begin(self._num_sent)
 
     def recover(self, timeout_s: float) -> bool:
         """After an iteration that broke off: let the workers finish what was armed and never sent.

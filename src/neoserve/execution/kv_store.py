@@ -96,11 +96,11 @@ class KVStore:
 
     def load_staging(self, layer: int, copies: LayerCopies) -> Completion:
         """Submit: bring one layer of earlier chunks' KV to its area."""
-        return self._device.submit_copies(lambda: copies.run(self.staging_area(layer), layer))
+        return copies.submit(self.staging_area(layer), layer)
 
     def store_staging(self, layer: int, copies: LayerCopies) -> None:
         """Submit: take one layer of a chunk's KV from its area to the host pool."""
-        stored = self._device.submit_copies(lambda: copies.run(self.staging_area(layer), layer))
+        stored = copies.submit(self.staging_area(layer), layer)
         self._last_copy = self._stored[layer % 4] = stored
 
 

@@ -170,9 +170,10 @@ class Lap:
 
     def send(self) -> None:
         """SEND: q, k, v of the host rows to the workers, their attention output on its way back."""
-        rows = self._inputs.host_decode
-        handoff = self._shop.handoffs[self.sub_batch.index]
-        self._exchange = handoff.send(self._linear.qkv_TCD[rows], self._linear.attn_THD[rows])
+        rows, handoff = self._inputs.host_decode, self._shop.handoffs[self.sub_batch.index]
+        if self._exchange is None:
+            self._exchange = handoff.exchange(self._linear.qkv_TCD[rows], self._linear.attn_THD[rows])
+        handoff.send(self._exchange)
 
     def attend(self, layer: int) -> None:
         """ATTEND: append k, v of the prefill and device-decode rows, and attend for them."""
@@ -183,7 +184,8 @@ class Lap:
         """RECV: attention output of the host rows is there."""
         assert self._exchange is not None
         self._exchange.finish()
-        self._exchange = None
+        if not self._linear.stays:
+            self._exchange = None
 
     def post(self, layer: int) -> None:
         """POST: output projection and MLP; in the last layer, of the rows that the HEAD reads."""
@@ -206,6 +208,7 @@ class Lap:
         # The lap lives until its tokens are collected; its rows' memory is the next lap's.
         self._linear = EagerLinear(shop.model)
         self._attends = []
+        self._exchange = None
 
     def tokens(self) -> tuple[SampledToken, ...]:
         """One entry for each `Rows` of the sub-batch, in order; the lap's work must be done."""

@@ -103,3 +103,10 @@ class MappedCopies(BlockCopies):
             grid = (num_tasks if self.host_LNX.is_cuda else min(_BUS_PROGRAMS, num_tasks), 1, 1)
             numbers = (layer, host_layer, num_tasks, self._num_blocks)
             self._kernel[grid](*self._pools, *numbers, *self._strides, *self._constants)
+
+
+def relayout(kv_N2KPD: torch.Tensor, ids_2N: torch.Tensor, buffer_NX: torch.Tensor, to_host: bool) -> None:
+    """Within the device: blocks of one layer, ids_2N[0], to the blocks ids_2N[1] of a buffer that has the host pool's
+    layout, or back."""
+    pools = kv_N2KPD.unsqueeze(0), ids_2N[0], buffer_NX.unsqueeze(0), ids_2N[1]
+    MappedCopies(*pools, to_host=to_host).run(0, 0)

@@ -32,10 +32,11 @@ class Launcher:
 
     def compiled(self, first: torch.Tensor, *others: Any, constants: tuple[Any, ...], **options: Any) -> Any:
         """The compilation that fits these arguments, for who launches it often: `compiled[grid](*arguments,
-        *constants)` on the current stream."""
+        *constants)` on the current stream. It is loaded, so that its first launch may be captured."""
         key = (first.device, first.dtype, constants)
         compiled = self._compiled.get(key)
         if compiled is None:
             compiled = self._kernel.warmup(first, *others, *constants, grid=(1, 1, 1), **self._options, **options)
             self._compiled[key] = compiled
+            compiled[1, 1, 1]  # Triton loads it when it is first given a grid
         return compiled
