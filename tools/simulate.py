@@ -139,6 +139,8 @@ def main() -> None:
     parser.add_argument("--host-kv-tokens", type=int, default=180_000)
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, default=160)
+    parser.add_argument("--target-tpot-ms", type=float)
+    parser.add_argument("--target-ttft-ms", type=float)
     options = parser.parse_args()
 
     shape = parse_config(PRESETS[options.model], {}, options.model).shape
@@ -165,7 +167,8 @@ def main() -> None:
             host_blocks=0 if mode.offload == "off" else options.host_kv_tokens // BLOCK_SIZE,
             staging_blocks=-(-(max_model_len + 2 * options.max_num_batched_tokens) // BLOCK_SIZE),
             worker_cpus=(0,), host_deadline_s=1.0,
-            target_tpot_ms=None, target_ttft_ms=None, max_waiting=len(workload.rows), enforce_eager=False,
+            target_tpot_ms=options.target_tpot_ms, target_ttft_ms=options.target_ttft_ms,
+            max_waiting=len(workload.rows), enforce_eager=False,
         )  # fmt: skip
         for rate in rates or (None,):
             arrivals_s = workload.poisson_s(rate, config.seed) if rate is not None else (0.0,) * len(workload.rows)

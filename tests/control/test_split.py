@@ -291,6 +291,18 @@ def test_no_more_host_rows_are_worth_having_than_generate_more_tokens() -> None:
     assert 0 < rows_worth_having(140, balance=10.0) < 100
 
 
+@pytest.mark.parametrize("balance", [1.0, 5.0])
+def test_a_looser_target_does_not_end_what_pays_under_a_tighter_one(balance: float) -> None:
+    """More host rows may meet it beside prompts and miss it without them; fewer meet it both times."""
+    host = Load.host_decode(64, 64 * 1024)
+    wanted = [
+        splitter(target_us=1e3 * target_ms).rows_worth_having(DEVICE, DEVICE, host, balance, most_rows=2048)
+        for target_ms in (100, 120, 150, 200, 250, 300, 400, 600)
+    ]
+    assert all(wanted)
+    assert wanted == sorted(wanted)
+
+
 def test_where_prompts_come_in_few_iterations_host_rows_count_in_those_between() -> None:
     """At the ridge point or beyond there are enough for several; as many again in each would slow host rows down."""
     assert rows_worth_having(60, balance=4.0) == 60

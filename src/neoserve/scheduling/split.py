@@ -140,9 +140,10 @@ class Splitter:
         if 0 < wanted <= host.rows:
             numbers.add(wanted)
         rates = {number: rate(number, balance) for number in numbers}
-        best = max(rates, key=lambda number: rates[number] * (self._policy.min_gain if number == wanted else 1.0))
-        pays = rates[best] > gain * rate(0, balance) and rate(best, 0.0) > gain * rate(0, 0.0)
-        return best if pays else 0
+        paying = [number for number in numbers if rates[number] > gain * rate(0, balance)]
+        paying.sort(key=lambda number: rates[number] * (self._policy.min_gain if number == wanted else 1.0))
+        alone = gain * rate(0, 0.0)
+        return next((number for number in reversed(paying) if rate(number, 0.0) > alone), 0)
 
     def _lasting_rate(self, pricing: Pricing, choice: Choice, pace: float) -> float:
         """Tokens generated in a microsecond if `pace` prompt rows come with each: by iterations like this one, and in
