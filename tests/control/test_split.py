@@ -125,30 +125,16 @@ def test_where_few_prompts_would_do_the_device_is_used_up_to_its_ridge_point() -
     assert row_us(choice) < 0.7 * row_us(many)
 
 
-def test_while_no_request_waits_prompts_come_twice_as_fast_as_at_the_ridge_point() -> None:
+@pytest.mark.parametrize("num_host", [0, 40])
+def test_while_no_request_waits_prompts_come_twice_as_fast_as_at_the_ridge_point(num_host: int) -> None:
+    host = (1024,) * num_host
     pressed, calm = (
-        splitter().choose(work(chunks=(prompt(2000),), pace=1.0, is_calm=is_calm)) for is_calm in (False, True)
+        splitter().choose(work(chunks=(prompt(2000),), host=host, pace=1.0, is_calm=is_calm))
+        for is_calm in (False, True)
     )
     assert sum(calm.prefill_rows) == 2 * sum(pressed.prefill_rows)
-    fast = splitter().choose(work(chunks=(prompt(2000),), pace=1000.0, is_calm=True))
+    fast = splitter().choose(work(chunks=(prompt(2000),), host=host, pace=1000.0, is_calm=True))
     assert sum(fast.prefill_rows) == 2000
-
-
-def test_beside_host_rows_prompts_fill_two_sub_batches_or_one_whichever_is_better() -> None:
-    """Laps of up to 256 rows are bound by reading. Where the pool is done with the host rows in one iteration, the
-    second sub-batch reads all weights for half of them, so it has as many prompt rows as the first; where their lap
-    takes several, it has none."""
-    linear = Curve(((1, 120.0), (256, 140.0), (512, 400.0), (2048, 1600.0)))
-
-    def choice(host_gb_s: float) -> Choice:
-        cost = CostModel(replace(CostTable.rough(LARGE, host_gb_s=host_gb_s), linear=linear), LARGE)
-        asked = work(chunks=(prompt(2000),), host=(1024,) * 48, pace=1.0)
-        return Splitter(cost, LARGE.num_layers, Policy()).choose(asked)
-
-    whole, part = choice(1000.0), choice(200.0)
-    assert (whole.num_host, whole.prefill_rows, whole.lap_steps) == ((24, 24), (192, 192), NUM_STEPS)
-    assert (part.num_host, part.prefill_rows) == ((0, 48), (192, 0))
-    assert part.lap_steps < NUM_STEPS
 
 
 def test_a_few_host_rows_do_not_pay_and_many_do() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from itertools import product
 
 from neoserve.core.plan import Tier
 from neoserve.core.program import Span
@@ -59,19 +58,17 @@ class Splitter:
 
         Beside decodes, prompts are computed at the pace at which sequences that end make room for them, so that
         iterations are alike: a long prefill keeps every decode waiting, and the laps after it read the weights for a
-        few rows only. But no fewer rows than the ridge point, or than two of them where two sub-batches could have
-        prompts, whichever is better; twice that while no request waits to be admitted, and so many that all are done
-        within their target.
+        few rows only. But no fewer rows than the ridge point of each sub-batch, twice that while no request waits to be
+        admitted, and so many that all are done within their target.
         """
         pricing = self._pricing(work)
         available = self._within_target(pricing, sum(chunk.count for chunk in work.chunks))
         if not (available and (work.device.rows or work.host_tokens or work.lap)):
             return self._with_prompts(pricing, available, available)
         num_host = len(work.host_tokens) + (work.lap.host_rows if work.lap else 0)
-        fewest = self._ridge_rows(work.reference) * (_CALM_FACTOR if work.pace.is_calm else 1)
+        fewest = self._fewest_prompt_rows(work.reference, num_host) * (_CALM_FACTOR if work.pace.is_calm else 1)
         guesses = (work.reference.rows, max(work.reference.rows, work.device.rows + num_host))
-        limits = (fewest, 2 * fewest) if num_host else (fewest,)
-        choice = max((self._in_balance(pricing, *pair, available) for pair in product(guesses, limits)), key=_rate)
+        choice = max((self._in_balance(pricing, rows, fewest, available) for rows in guesses), key=_rate)
         while (rows := _prefill_rows(choice)) < available:
             if available / rows * choice.price.total_us <= self._target_ttft_us:
                 break
@@ -134,7 +131,7 @@ class Splitter:
             if not (device.rows or num_host):
                 return 0.0
             pricing = self._pricing(work)
-            fewest = min(most_rows, self._ridge_rows(reference)) if pace else 0
+            fewest = min(most_rows, self._fewest_prompt_rows(reference, num_host)) if pace else 0
             choice = self._in_balance(pricing, device.rows + num_host, fewest, most_rows)
             return self._lasting_rate(pricing, choice, pace) if self._meets_target(choice) else 0.0
 
@@ -159,6 +156,10 @@ class Splitter:
             return tokens / choice.price.total_us
         between = self._with_prompts(pricing, 0, 0)
         return tokens / (choice.price.total_us + missing / between.decode_rows * between.price.total_us)
+
+    def _fewest_prompt_rows(self, reference: Load, num_host: int) -> int:
+        """The ridge point of each sub-batch."""
+        return self._ridge_rows(reference) * (2 if num_host else 1)
 
     def host_lap_limit_us(self, device: Load) -> float:
         """How long the worker pool may take for a lap of all host sequences, for them to keep their interval."""
