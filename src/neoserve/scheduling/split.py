@@ -25,6 +25,7 @@ _RATIOS = (1, 2, 3, 4, 5, 6, 7, 8, 11)  # iterations that a host lap may take, t
 _BALANCING_ROUNDS = 3  # of prompt rows, how far the host lap gets, and again
 _FEWER, _MOST_NUMBERS = 0.7, 4  # numbers of host rows that are compared: each so much less than the one before
 _CALM_FACTOR = 2  # of the prompt rows at the least, while no request waits to be admitted
+_FEWEST_STEPS, _MOST_STEPS = 0.4, 2.5  # of a host lap in an iteration, of those with which neither side waits
 _MOST_PROMPTS = 16  # beside them in an iteration: shorter prompts are priced as so many that fill it
 
 
@@ -242,26 +243,22 @@ class Splitter:
         """The host lap advanced by one part in r, for the r with the best rate that meets the target.
 
         The rate rises with r while the device waits for the host, and falls once the host waits for the device, or
-        rises on if host rows do not pay; so only those r are priced that are near to where neither waits, and the
-        largest.
+        rises on if host rows do not pay; so those r are priced that are near to where neither waits, and the largest.
+        The others are only where none of those meets the target.
         """
         work = pricing.work
         begin = 0 if work.lap else len(work.host_tokens)
-        left = self._steps(1, work.lap_step)
-        whole = pricing.price((prefill_rows, 0), 0, begin, left)
-        best = whole if self._meets_target(whole) else None
-        even_steps = self._even_steps(pricing, prefill_rows, whole, left)
-        tried = {left}
-        for ratio in self._ratios[1:]:
-            steps = self._steps(ratio, work.lap_step)
-            is_wanted = 0.4 < steps / even_steps < 2.5 or self._target_us is not None or ratio == self._ratios[-1]
-            if steps in tried or not is_wanted:
-                continue
-            tried.add(steps)
-            choice = pricing.price((prefill_rows, 0), 0, begin, steps)
-            if self._meets_target(choice) and (best is None or choice.rate > best.rate):
-                best = choice
-        return best
+
+        def price(steps: int) -> Choice:
+            return pricing.price((prefill_rows, 0), 0, begin, steps)
+
+        whole = price(self._steps(1, work.lap_step))
+        even_steps = self._even_steps(pricing, prefill_rows, whole, whole.lap_steps)
+        parts = dict.fromkeys(self._steps(ratio, work.lap_step) for ratio in self._ratios[1:])
+        near = [n for n in parts if _FEWEST_STEPS < n / even_steps < _MOST_STEPS or n == [*parts][-1]]
+        choices = [choice for choice in map(price, near) if self._meets_target(choice)]
+        choices = choices or [choice for choice in map(price, parts) if self._meets_target(choice)]
+        return max((*(whole,) * self._meets_target(whole), *choices), key=_rate, default=None)
 
     def _even_steps(self, pricing: Pricing, prefill_rows: int, whole: Choice, steps: int) -> float:
         """Steps of the host lap whose attention takes as long as the device works meanwhile, by a price of `steps`."""
