@@ -159,9 +159,7 @@ class ReferenceDevice(Device):
         self.submit(lambda: None).wait()
 
     def exchange(self, channel: int, outward: Transfer, ready: Flag, done: Flag, back: Transfer) -> Exchange:
-        copy_out, copy_back = (
-            partial(self._copy, *copy) for copy in (("out", channel, outward), ("back", channel, back))
-        )
+        copy_out, copy_back = partial(self._copy, "out", channel, outward), partial(self._copy, "back", channel, back)
         return _Exchange(self._flag_timeout_s, ready, done, copy_out, copy_back)
 
     def _copy(self, what: Literal["out", "back"], channel: int, transfer: Transfer) -> None:

@@ -12,6 +12,7 @@ tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import lru_cache
 
 from neoserve.core.plan import Tier
@@ -249,16 +250,16 @@ class Splitter:
         work = pricing.work
         begin = 0 if work.lap else len(work.host_tokens)
 
-        def price(steps: int) -> Choice:
-            return pricing.price((prefill_rows, 0), 0, begin, steps)
+        def meeting_target(numbers: Iterable[int]) -> list[Choice]:
+            choices = (pricing.price((prefill_rows, 0), 0, begin, steps) for steps in numbers)
+            return [choice for choice in choices if self._meets_target(choice)]
 
-        whole = price(self._steps(1, work.lap_step))
-        even_steps = self._even_steps(pricing, prefill_rows, whole, whole.lap_steps)
-        parts = dict.fromkeys(self._steps(ratio, work.lap_step) for ratio in self._ratios[1:])
-        near = [n for n in parts if _FEWEST_STEPS < n / even_steps < _MOST_STEPS or n == [*parts][-1]]
-        choices = [choice for choice in map(price, near) if self._meets_target(choice)]
-        choices = choices or [choice for choice in map(price, parts) if self._meets_target(choice)]
-        return max((*(whole,) * self._meets_target(whole), *choices), key=_rate, default=None)
+        left, *others = dict.fromkeys(self._steps(ratio, work.lap_step) for ratio in self._ratios)
+        whole = pricing.price((prefill_rows, 0), 0, begin, left)
+        even_steps = self._even_steps(pricing, prefill_rows, whole, left)
+        near = [n for n in others if _FEWEST_STEPS < n / even_steps < _MOST_STEPS or n == others[-1]]
+        choices = meeting_target((left,)) + (meeting_target(near) or meeting_target(others))
+        return max(choices, key=_rate, default=None)
 
     def _even_steps(self, pricing: Pricing, prefill_rows: int, whole: Choice, steps: int) -> float:
         """Steps of the host lap whose attention takes as long as the device works meanwhile, by a price of `steps`."""
